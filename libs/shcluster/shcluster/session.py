@@ -61,7 +61,7 @@ class SessionKeeper:
             session_token=str(uuid.uuid4()),
         )
         if self.token:
-            return
+            return  # `run` begins with `open`, which the caller may have called before
         backoff = Backoff(RECONNECT_FIRST_MS, RECONNECT_MS_MAX)
         opened = await retry(
             lambda: self._coordinator.open_session(request), backoff, _log_refusals(), self._clock.sleep_ms
@@ -81,7 +81,7 @@ class SessionKeeper:
         """
         while True:
             await self.open()
-            wake()
+            wake()  # work was refused without a session (`may_work`), and may be waiting
             try:
                 if follow is None:
                     await self._renew(wake)
@@ -101,7 +101,7 @@ class SessionKeeper:
 
     async def close(self) -> None:
         """Gives the session back, if a coordinator answers: otherwise the session expires. `run` must have ended."""
-        token, self.token = self.token, ""
+        token, self.token = self.token, ""  # from now on `may_work` returns False
         if token:
             try:
                 await self._coordinator.close_session(coordinator_pb2.CloseSessionRequest(session_token=token))

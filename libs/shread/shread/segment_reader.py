@@ -99,6 +99,7 @@ class SegmentReader:
         try:
             blocks = await self.read_blocks(partition, segment, entries)
         except DataLoss as error:
+            # The records before the damage are intact: the reader gets them, and meets the damage with its next read.
             intact = [entry for entry in entries if entry.end_offset <= int(error.details["base_offset"])]
             if not intact:
                 raise
@@ -168,7 +169,7 @@ class SegmentReader:
         except RangeBeyondEnd as error:
             raise self._data_loss(partition, segment, entries, str(error), error.object_size_bytes) from error
         except ObjectMissing:
-            raise
+            raise  # no loss yet: compaction may have replaced the segment since the index was read
         except StoreError as error:
             raise Unavailable(f"{_name(partition, segment)} cannot be read now: {error}") from error
 

@@ -128,6 +128,7 @@ class RetryingStore:
                     last = info.key
                     self._trouble = None
                     yield info
+                    # A listing as a whole may take longer than a call: the deadline counts from the last key.
                     backoff = self._new_backoff(f"list {prefix!r}")
                 self._trouble = None  # also if nothing was found
                 return
@@ -244,6 +245,7 @@ class _Backoff:
         self._last = exc
         throttled = isinstance(exc, StoreUnavailable) and exc.throttled
         delay_s = self._rng.uniform(0, self._policy.delay_cap_ms(self._failures, throttled=throttled)) / 1000
+        # The wait would end behind the deadline: the caller hears of it now.
         if delay_s >= self.remaining_s():
             raise self.gave_up() from exc
         await self._sleep(delay_s)

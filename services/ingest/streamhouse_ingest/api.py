@@ -48,6 +48,7 @@ class IngestApi:
                 self._in_flight.give_back(connection, window.release())
             await feeder
         finally:
+            # The feeder first: it may be about to take more of the connection's bytes.
             await cancel_and_wait(feeder)
             for size_bytes in window.unanswered:
                 self._in_flight.give_back(connection, size_bytes)
@@ -63,7 +64,7 @@ class IngestApi:
                 window.admit(size_bytes)
                 try:
                     window.put(await produce.accept(request))
-                except StreamHouseError as error:
+                except StreamHouseError as error:  # answered in its turn, as the other requests of the stream go on
                     window.put(_refused(request.topic, request.partition, error))
                 del request  # its copy of the batch would stay in memory until the next request arrives
         finally:

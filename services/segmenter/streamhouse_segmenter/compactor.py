@@ -81,6 +81,7 @@ class Compactor:
         return coordinator_pb2.ClaimCompactionRequest(
             worker_id=self._worker_id,
             claim_ttl_ms=self._settings.claim_ttl_ms,
+            # At most half the target, so that a segment that is nearly full is not merged again and again.
             small_bytes_max=min(self._settings.compaction_small_bytes_max, self._settings.merged_bytes_max // 2),
             target_bytes=self._settings.merged_bytes_max,
             segments_min=self._settings.compaction_segments_min,
@@ -121,6 +122,7 @@ class Compactor:
         await declare_uploads(self._ports, self._settings, claim.claim_id, [key])
         await self._ports.store.put(target.key, target.parts)
         telemetry.uploaded_bytes.add(target.size_bytes)
+        # Before the call: from now on the registration itself may have ended a claim that cannot be renewed.
         registering.set()
         replaced = await self._register(claim, target.segments[0])
         await release_claim(self._ports, claim.claim_id)

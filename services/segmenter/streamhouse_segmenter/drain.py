@@ -105,6 +105,7 @@ class Drain:
         running: set[asyncio.Task[HandoverResult]] = set()
         try:
             while not self._closing.is_set():
+                # Cleared before the claim: a buffer that is announced meanwhile wakes the wait that follows.
                 self._woken.clear()
                 started = await self._start_next()
                 if started is not None:
@@ -117,6 +118,7 @@ class Drain:
                 task.cancel()
             raise
         finally:
+            # Also after an error of the coordinator: nothing else would finish these buffers before the claims end.
             for result in await outcomes(*running):
                 if isinstance(result, HandoverResult):
                     report.add(result)
@@ -125,6 +127,7 @@ class Drain:
         return report
 
     async def _start_next(self) -> asyncio.Task[HandoverResult] | None:
+        # Before the claim, because a claim runs out while it waits for a slot.
         await self._slots.acquire()
         slot = _Slot(self._slots)
         claim = None

@@ -150,6 +150,7 @@ class Handover:
 
         Raises ClaimLost if the answer shows that something else than the registration ended the claim.
         """
+        # Before the call: a renewal may learn that the claim is over before this call is answered.
         self._unanswered = True
         try:
             early = await self._register(segments)

@@ -134,6 +134,7 @@ class MemoryStore:
             except BaseException:
                 self.tables = before
                 raise
+        # Outside of the lock, after the commit: a receiver that looks at once must find the change.
         if transaction.appended:
             self._events_changed()
         for group in sorted(transaction.groups):
@@ -146,6 +147,7 @@ class MemoryStore:
     async def snapshot(self) -> AsyncIterator[Transaction]:
         async with self._alone:
             now = {name: dict(rows) for name, rows in self.tables.items()}
+        # Outside of the lock: a reader may take long, and the copy does not change.
         yield MemoryTransaction(now, self._clock.wall_ms())
 
     async def renew_session(self, session_id: str, ttl_ms: int) -> int | None:

@@ -168,6 +168,7 @@ class FileWal:
         sequence = self._next_sequence
         path = self._directory.file_path(sequence)
         header = encode_wal_file_header(self._directory.wal_id, sequence, self._previous_size_bytes, self._ahead_bytes)
+        # The notes come before the file: a replay that finds the file must find what it has to assume about it.
         try:
             self._directory.mark_used()
             if self._has_to_settle:
@@ -183,6 +184,7 @@ class FileWal:
                 os.fsync(fd)
                 self._directory.sync()
             except OSError:
+                # The next try uses the same number and must find no file.
                 os.close(fd)
                 path.unlink(missing_ok=True)
                 raise
@@ -237,6 +239,7 @@ class FileWal:
         except OSError as error:
             if error.errno not in SCARCE:
                 raise
+            # Gives the zeros that did fit back to the groups.
             os.ftruncate(self._fd, start)
             self._has_no_room_ahead = True
 

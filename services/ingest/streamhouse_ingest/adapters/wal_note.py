@@ -42,7 +42,7 @@ class HistoryNote:
         except FileNotFoundError:
             return Seen()
         try:
-            content = os.pread(fd, 2 * SLOT_BYTES + 1, 0)
+            content = os.pread(fd, 2 * SLOT_BYTES + 1, 0)  # a byte more, to notice a file that is too long
         finally:
             os.close(fd)
         if content.startswith(b"{"):
@@ -81,6 +81,7 @@ class HistoryNote:
                 files.write_at(fd, slot, number % 2 * SLOT_BYTES)
             finally:
                 os.close(fd)
+        # No slot has been read: the file is missing, or of the first version, which this replaces.
         else:
             content = slot if number % 2 == 0 else bytes(SLOT_BYTES) + slot
             files.write_bytes(self._path, content.ljust(2 * SLOT_BYTES, b"\0"))

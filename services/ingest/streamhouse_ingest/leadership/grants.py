@@ -114,7 +114,7 @@ class Grants:
             await self._context.clock.sleep_ms(backoff.next_ms())
 
     async def _ask(self, request: GrantRequest) -> None:
-        waiting = list(self._waiting)
+        waiting = list(self._waiting)  # the answer may be too old for callers that come from now on
         context = self._context
         response = await context.coordinator.get_grants(
             pb.GetGrantsRequest(session_token=context.session.token, only=range_keys(request))

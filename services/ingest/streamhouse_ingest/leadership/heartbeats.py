@@ -80,7 +80,7 @@ class Heartbeats:
                 context.lease.renew(sent_ms, self._ttl_ms)
             raise
         context.lease.renew(sent_ms, response.ttl_ms)
-        self._reported_full = full
+        self._reported_full = full  # not before the answer, so that a report that was lost is repeated
         await context.history.save()
         for grant in response.extended:
             self._ranges.extend(RangeKey(grant.topic_id, grant.partition, grant.epoch), grant.limit_offset)

@@ -99,6 +99,7 @@ class Session:
         """Applies the grants of older ranges, in as many answers as they fill. Returns False if the session is lost
         meanwhile: no batch was written in the session, so that its token may be used again."""
         self._logs.producer_ids_from = opened.producer_ids_from
+        # Saved before the grants are applied, which may drop records: older metadata must be refused from then on.
         self._history.opened(opened.history_id, opened.feed_position)
         await self._history.save()
         self.heartbeats.begin(opened.heartbeat_interval_ms, opened.ttl_ms)
@@ -146,7 +147,7 @@ class Session:
             try:
                 opened = await self._coordinator.open_session(request)
             except (AgentIdTaken, InvalidArgument):
-                raise
+                raise  # an operator has to act; all other errors pass by themselves, or once the metadata is restored
             except StreamHouseError as error:
                 log.warning("cannot open a session yet: %s", error.message)
                 await self._context.clock.sleep_ms(backoff.next_ms())
@@ -219,6 +220,7 @@ class Session:
         """
         token = self._context.session.token
         self._context.session.clear()
+        # Before the ends are declared: the next leaders begin there, so no batch may be acknowledged any more.
         self._lease.drop()
         await self._stop_leading()
         if self._writer.broken:

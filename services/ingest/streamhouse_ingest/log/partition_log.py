@@ -135,6 +135,7 @@ class PartitionLog:
         if registered_end <= self.registered_end:
             return []
         self.registered_end = registered_end
+        # Raised if the end of the log was lost: offsets that are in segments are never given out again.
         self.next_offset = max(self.next_offset, registered_end)
         if self.open is not None and self.open.base_offset < registered_end:
             self.seal()  # records of the open buffer were registered under an earlier announcement
@@ -168,6 +169,7 @@ class PartitionLog:
                 self.sealed.append(buffer)
                 buffer = beyond
             fenced.append(buffer)
+        # A retry of a record that is given up must be written anew: it is no duplicate.
         end_offset = max(end_offset, self.registered_end)
         self.producers.forget(self.key.epoch, end_offset, self.next_offset)
         self.next_offset = min(self.next_offset, end_offset)
@@ -192,6 +194,7 @@ class PartitionLog:
             if gap.base_offset < gap.end_offset:
                 self._damaged.append(gap)
                 self._forget_lost(gap)
+        # The parts have no snapshot yet, and those of later buffers still name batches that were cut out.
         for later in islice(self.sealed, at, None):
             later.snapshot = self.producers.snapshot(later.end_offset)
         return left

@@ -69,6 +69,7 @@ class TailReader:
 
     def _find(self, topic_id: bytes, partition: int, offset: int) -> HeldLog | None:
         """Returns the newest log that holds `offset` or ends there, None if no log does."""
+        # At the border of two epochs both logs match, and only the newer log grows.
         found = None
         for held in self._logs.of_partition(topic_id, partition):
             if held.log.start_offset <= offset <= held.log.next_offset:
