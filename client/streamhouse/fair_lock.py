@@ -58,6 +58,7 @@ class _WaitQueue:
                 return
 
     def leave(self, ticket: Ticket) -> None:
+        """Ends the turn of a granted ticket, or the wait of another; then gives turns to tickets that may go."""
         if ticket.granted:
             self.granted_count -= 1
         else:

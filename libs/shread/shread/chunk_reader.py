@@ -45,10 +45,17 @@ class ChunkCache(Protocol):
     def size_bytes(self) -> int: ...
     @property
     def bytes_max(self) -> int: ...
-    def size_of(self, chunk: ChunkId) -> int: ...
-    def read(self, chunk: ChunkId, at: int, size_bytes: int) -> bytes | None: ...
-    async def write(self, chunk: ChunkId, content: bytes) -> None: ...
-    async def drop(self, chunk: ChunkId) -> None: ...
+    def size_of(self, chunk: ChunkId) -> int:
+        """Returns the bytes held of the chunk, 0 if absent. Counts as use."""
+
+    def read(self, chunk: ChunkId, at: int, size_bytes: int) -> bytes | None:
+        """Returns bytes from `at` in the chunk, None if the cache does not have them. Blocking."""
+
+    async def write(self, chunk: ChunkId, content: bytes) -> None:
+        """Keeps the chunk if the disk permits; never fails."""
+
+    async def drop(self, chunk: ChunkId) -> None:
+        """Forgets a chunk, e.g. a damaged one."""
 
 
 class SharedCache(Protocol):

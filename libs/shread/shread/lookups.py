@@ -36,6 +36,7 @@ class Lookups:
         self._index: LiveIndex = reads.index
 
     def earliest(self, partition: PartitionIndex) -> Found:
+        """Returns the start of the log; its timestamp is not known (-1)."""
         return partition.log_start_offset, -1
 
     async def latest(self, key: PartitionKey, topic: str) -> Found:

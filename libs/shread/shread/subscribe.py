@@ -44,6 +44,7 @@ class BudgetReservation:
 
     @classmethod
     async def reserve(cls, budgets: Sequence[ByteBudget], size_bytes: int) -> BudgetReservation:
+        """Waits for `size_bytes` of each budget, in turn, and returns the reservation. Gives all back if cancelled."""
         lent: list[tuple[ByteBudget, int]] = []
         try:
             for budget in budgets:
@@ -71,6 +72,7 @@ class Window:
 
     @property
     def is_open(self) -> bool:
+        """True if another response may be sent."""
         return self.free_bytes is None or self.free_bytes > 0
 
     def limit(self, size_bytes: int) -> int:

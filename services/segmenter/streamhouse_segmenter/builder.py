@@ -37,6 +37,7 @@ class BuiltObject:
     size_bytes: int = 0
 
     def append(self, topic: str, segment_id: str, built: BuiltSegment) -> None:
+        """Appends a segment to the object, at the present end of its bytes."""
         info = built.info
         self.segments.append(
             types_pb2.SegmentRef(

@@ -29,6 +29,7 @@ class DrainReport:
     retry_after_ms: int | None = None
 
     def add(self, result: HandoverResult) -> None:
+        """Counts the outcome of a handover."""
         self.registered += result.outcome is Outcome.REGISTERED
         self.claims_lost += result.outcome is Outcome.CLAIM_LOST
         if result.outcome is Outcome.FAILED:
@@ -49,6 +50,7 @@ class _Slot:
         telemetry.builds_in_flight.add(1)
 
     def give_back(self) -> None:
+        """Gives the right back; later calls change nothing."""
         if self._held:
             self._held = False
             self._slots.release()

@@ -22,6 +22,7 @@ class CircuitBreaker:
         return True
 
     def succeeded(self) -> None:
+        """Closes the breaker: the helper answers."""
         self._failures = 0
 
     def failed(self, now_ms: int) -> bool:

@@ -48,6 +48,8 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class BelowStart:
+    """The offset lies below the start of the log: the records there were deleted."""
+
     log_start_offset: int
 
 

@@ -10,6 +10,7 @@ from shread.core.plan import BelowStart, BeyondEnd, Lost, ReadTail, next_readabl
 
 
 def refusal(partition: PartitionIndex, offset: int, step: BelowStart | BeyondEnd | Lost) -> StreamHouseError:
+    """Returns the error for a read at `offset` that the plan answers with `step`."""
     match step:
         case BelowStart(log_start_offset):
             return OffsetBelowStart(
@@ -40,6 +41,7 @@ def refusal(partition: PartitionIndex, offset: int, step: BelowStart | BeyondEnd
 
 
 def object_missing(partition: PartitionIndex, segment: Segment) -> DataLoss:
+    """Returns the error for a registered segment whose object is gone. next_offset: where a reader can go on."""
     return DataLoss(
         f"{partition.name}: object {segment.object_key} with offsets {segment.base_offset} to {segment.end_offset} "
         "is registered, but not in the object store",
@@ -54,6 +56,7 @@ def object_missing(partition: PartitionIndex, segment: Segment) -> DataLoss:
 
 
 def damaged_tail(partition: PartitionIndex, step: ReadTail, offset: int, what: str) -> DataLoss:
+    """Returns the error for an agent's answer that is not what `step` asked for."""
     return DataLoss(
         f"{partition.name}: agent {step.agent_id} answered for offset {offset} with damaged records: {what}",
         topic=partition.topic,

@@ -12,6 +12,8 @@ from shproto.model import Range, RangeStatus, Segment
 
 @dataclass(frozen=True, slots=True)
 class LookInSegment:
+    """The segment has records that may be late enough."""
+
     segment: Segment
 
 

@@ -13,6 +13,7 @@ class Watermarks:
         self._seen: dict[PartitionKey, tuple[int, int]] = {}
 
     def learn(self, key: PartitionKey, epoch: int, high_watermark: int) -> None:
+        """Notes an answer of the leader in `epoch`; an older answer changes nothing."""
         self._seen[key] = max(self._seen.get(key, (0, 0)), (epoch, high_watermark))
 
     def of(self, partition: PartitionIndex) -> int:

@@ -131,22 +131,28 @@ async def _overdue(tx: Transaction, grace: DeletionGrace, limit: int) -> list[st
 
 @dataclass(frozen=True, slots=True)
 class _Claims:
+    """Claims that objects were declared under."""
+
     buffers: list[t.BufferClaimRow]
     compactions: list[t.CompactionClaimRow]
 
     def held(self, now_ms: int) -> set[str]:
+        """Returns the ids of the claims that have not run out."""
         buffers = {row.claim_id for row in self.buffers if row.free_at_ms > now_ms}
         return buffers | {row.claim_id for row in self.compactions if row.expires_ms > now_ms}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
+    """Rows that tell the state of objects; the dictionaries are by object key."""
+
     claims: _Claims
     intents: dict[str, t.UploadIntentRow]
     deletions: dict[str, t.DeletionRow]
     referenced: set[str]
 
     def states(self, object_keys: Sequence[str], now_ms: int) -> list[ObjectState]:
+        """Returns the state of each object, in the order of `object_keys`."""
         held = self.claims.held(now_ms)
         found = []
         for key in object_keys:

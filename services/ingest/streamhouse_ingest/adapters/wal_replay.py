@@ -91,10 +91,13 @@ class _Files:
         self.index = WalIndex()
 
     def missing(self, sequence: int) -> None:
+        """Reports a file that should lie between two others as damage."""
         path = self._directory.file_path(sequence)
         self.replay.damaged(sequence, 0, 0, f"{path} is missing", hides=self._hides(sequence))
 
     def read(self, sequence: int, *, is_last: bool) -> None:
+        """Adds the findings of a file. Cuts the last file at its last good frame, and removes it if no group was ever
+        written to it. Raises OSError."""
         fd = os.open(self._directory.file_path(sequence), os.O_RDWR | os.O_CLOEXEC)
         try:
             if is_last:

@@ -35,6 +35,7 @@ class HistoryMark:
 
     @classmethod
     def of(cls, event: coordinator_pb2.Event) -> "HistoryMark":
+        """Returns the mark that names this event."""
         return cls(event.position, event.stream_id, event.version, event.type, event.created_ms)
 
     def describe(self) -> str:

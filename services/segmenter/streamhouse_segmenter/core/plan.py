@@ -53,6 +53,7 @@ class SliceProgress:
 
     @classmethod
     def of(cls, slice_: BufferSlice) -> "SliceProgress":
+        """Returns the progress before the first batch."""
         return cls(slice_, slice_.base_offset)
 
     def take(self, headers: Iterable[BatchHeader]) -> None:
