@@ -30,7 +30,7 @@ from streamhouse_ingest.wiring import IngestService
 from streamhouse_ingest.wiring import build as build_ingest
 
 from services.coordinator.tests.declared import declare
-from services.ingest.tests.ingest_standins import kill
+from services.ingest.tests.ingest_agents import kill
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 

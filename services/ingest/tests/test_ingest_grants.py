@@ -13,7 +13,8 @@ from streamhouse_ingest.leadership.pending_grants import RANGES_ASKED_MAX, Pendi
 from streamhouse_ingest.log.producers import ProducerState, WrittenBatch, encode_snapshot
 from streamhouse_ingest.wiring import IngestService
 
-from services.ingest.tests.ingest_standins import CoordinatorStandIn, SegmenterStandIn, eventually, kill, started
+from services.ingest.tests.ingest_agents import eventually, kill, started
+from services.ingest.tests.ingest_standins import CoordinatorStandIn, SegmenterStandIn
 
 ALL: dict[RangeKey, int] = {}
 

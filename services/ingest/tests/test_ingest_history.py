@@ -11,14 +11,8 @@ from shproto import errors
 from streamhouse_ingest.adapters.wal_note import SLOT_BYTES, HistoryNote
 from streamhouse_ingest.ports import Seen, WalDirectoryError
 
-from services.ingest.tests.ingest_standins import (
-    CoordinatorStandIn,
-    SegmenterStandIn,
-    eventually,
-    kill,
-    started,
-    wal_files,
-)
+from services.ingest.tests.ingest_agents import eventually, kill, started, wal_files
+from services.ingest.tests.ingest_standins import CoordinatorStandIn, SegmenterStandIn
 from services.ingest.tests.test_ingest_service import DURABLE, draining, led, request, running
 
 

@@ -48,17 +48,8 @@ from streamhouse_ingest.produce import request_rules
 from streamhouse_ingest.settings import IngestSettings
 from streamhouse_ingest.wiring import IngestService
 
-from services.ingest.tests.ingest_standins import (
-    CoordinatorStandIn,
-    Range,
-    SegmenterStandIn,
-    eventually,
-    flip_bit,
-    kill,
-    pull,
-    started,
-    wal_files,
-)
+from services.ingest.tests.ingest_agents import eventually, flip_bit, kill, pull, started, wal_files
+from services.ingest.tests.ingest_standins import CoordinatorStandIn, Range, SegmenterStandIn
 
 WAL, DURABLE, NONE = types_pb2.ACKS_WAL, types_pb2.ACKS_DURABLE, types_pb2.ACKS_NONE
 
@@ -1431,7 +1422,7 @@ async def test_a_start_that_fails_after_its_session_was_opened_gives_the_id_back
 async def test_before_start_the_api_says_so(tmp_path: Path, coordinator: CoordinatorStandIn):
     from streamhouse_ingest.wiring import build
 
-    from services.ingest.tests.ingest_standins import settings
+    from services.ingest.tests.ingest_agents import settings
 
     service = build(settings(tmp_path), coordinator)  # type: ignore[arg-type]
     with pytest.raises(errors.Unavailable):

@@ -10,7 +10,8 @@ from shproto.v1 import coordinator_pb2 as pb
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.ports import Seen
 
-from services.ingest.tests.ingest_standins import CoordinatorStandIn, eventually, kill, started
+from services.ingest.tests.ingest_agents import eventually, kill, started
+from services.ingest.tests.ingest_standins import CoordinatorStandIn
 
 
 class Held(CoordinatorStandIn):

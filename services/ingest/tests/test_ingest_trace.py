@@ -16,7 +16,8 @@ from streamhouse_ingest.log.logs import LINKS_MAX
 from streamhouse_ingest.produce import service
 from streamhouse_ingest.sealing import sealer
 
-from services.ingest.tests.ingest_standins import CoordinatorStandIn, eventually, kill, started
+from services.ingest.tests.ingest_agents import eventually, kill, started
+from services.ingest.tests.ingest_standins import CoordinatorStandIn
 
 
 async def test_append_and_seal_are_linked_to_the_producers_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -6,13 +6,15 @@ import pytest
 from streamhouse_query.settings import QuerySettings
 from streamhouse_query.wiring import QueryService, build
 
-from services.query.tests.query_world import World, running
+from services.query.tests.query_world import World
 from services.query.tests.start_query import StartQuery
+from tests.platform.coordinator_peer import feeding
 
 
 @pytest.fixture
 async def platform() -> AsyncIterator[World]:
-    async with running(World()) as world:
+    world = World()
+    async with feeding(world):
         yield world
 
 

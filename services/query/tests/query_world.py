@@ -7,9 +7,8 @@ which its tables, snapshots and feed follow.
 
 import asyncio
 import uuid
-from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from shformat import Records, SegmentBuilder, encode_batch, read_batch_header, stamp_batch
@@ -21,69 +20,11 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.assignment import start_of_next
 from streamhouse_coordinator.core.sessions import INGEST
 
+from tests.platform.coordinator_peer import CoordinatorPeer
 from tests.platform.log_agent import LogAgent, RangeKey
-from tests.platform.peer import Peer
 from tests.platform.platform import Platform
 
 RANGE_WIDTH = 1 << 30
-
-
-class Coordinator(Peer):
-    """`feed_paused`: open event streams hold back what comes. `wake` lets them see that a knob was turned."""
-
-    def __init__(self, api: Any) -> None:
-        super().__init__(api, "the coordinator")
-        self.feed_paused = False
-        self._cuts = 0
-        self._turned = asyncio.get_running_loop().create_future()
-
-    def wake(self) -> None:
-        turned, self._turned = self._turned, self._turned.get_loop().create_future()
-        turned.set_result(None)
-
-    def cut(self) -> None:
-        """Breaks all event streams that are open."""
-        self._cuts += 1
-        self.wake()
-
-    async def follow_events(self, request: coordinator_pb2.FollowEventsRequest) -> AsyncIterator[coordinator_pb2.Event]:
-        self._must_be_up()
-        self.calls["follow_events"] += 1
-        cuts = self._cuts
-        # Nothing listens at the addresses of the services under test: a coordinator that looks for the process behind
-        # a broken stream would end its session.
-        anonymous = coordinator_pb2.FollowEventsRequest()
-        anonymous.CopyFrom(request)
-        anonymous.ClearField("session_token")
-        coming: deque[coordinator_pb2.Event] = deque()
-
-        async def read() -> None:
-            async with aclosing(self.api.follow_events(anonymous)) as events:
-                async for event in events:
-                    coming.append(event)
-                    self.wake()
-
-        async with _task(read()) as reading:
-            while True:
-                while not coming or self.feed_paused:
-                    await asyncio.wait({reading, self._turned}, return_when=asyncio.FIRST_COMPLETED)
-                    if reading.done():
-                        await reading  # raises why the stream ended
-                    if self._cuts != cuts:
-                        raise Unavailable("stream cut")
-                    self._must_be_up()
-                yield coming.popleft()
-
-
-@asynccontextmanager
-async def _task(work: Any) -> AsyncIterator["asyncio.Future[Any]"]:
-    """Runs `work` while the block runs."""
-    task = asyncio.ensure_future(work)
-    try:
-        yield task
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
 
 
 class TailAgent(LogAgent):
@@ -174,7 +115,7 @@ class World(Platform):
         super().__init__(
             objects=store, heartbeat_interval_ms=20, events_poll_interval_ms=100, range_width_offsets=RANGE_WIDTH
         )
-        self.coordinator = Coordinator(self.service.api)
+        self.coordinator = CoordinatorPeer(self.service.api)
         self.store: Any = self.objects
         self.agents: dict[str, TailAgent] = {}
 
@@ -390,13 +331,6 @@ class World(Platform):
             position=position, stream_id="test", version=1, type=kind, payload=payload, trace_context="", created_ms=0
         )
         self.service.feed.wake()
-
-
-@asynccontextmanager
-async def running(world: World) -> AsyncIterator[World]:
-    """Delivers the events of `world` while the block runs."""
-    async with _task(world.service.feed.run()):
-        yield world
 
 
 def _key(row: t.RangeRow) -> RangeKey:

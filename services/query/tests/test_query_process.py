@@ -22,7 +22,8 @@ from shstore import LocalStore, StoreOptions
 from streamhouse_query.settings import QuerySettings
 from streamhouse_query.wiring import build
 
-from services.query.tests.query_world import World, running, values_of
+from services.query.tests.query_world import World, values_of
+from tests.platform.coordinator_peer import feeding
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -58,7 +59,8 @@ async def start_process(environ: dict[str, str]) -> asyncio.subprocess.Process:
 
 @pytest.fixture
 async def platform(tmp_path: Path) -> AsyncIterator[World]:
-    async with running(World(LocalStore(StoreOptions(kind="local", path=tmp_path / "objects")))) as world:
+    world = World(LocalStore(StoreOptions(kind="local", path=tmp_path / "objects")))
+    async with feeding(world):
         yield world
 
 
