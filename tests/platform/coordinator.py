@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from shproto.errors import Unavailable
 from shproto.v1 import ingest_pb2
+from shruntime.clock import Clock
 from shruntime.tasks import Tasks
 from streamhouse_coordinator.adapters.memory import MemoryStore
 from streamhouse_coordinator.api import CoordinatorApi
+from streamhouse_coordinator.core.tables import HISTORIES
 from streamhouse_coordinator.feed import Feed
 from streamhouse_coordinator.ports import Store
 from streamhouse_coordinator.probe import Probe
@@ -26,7 +29,14 @@ class Notices(Protocol):
 
 
 class Metadata(MemoryStore):
-    """The store of one coordinator, which hears of its commits at once."""
+    """The store of one coordinator, which hears of its commits at once. `history_id`: of its events, if given."""
+
+    def __init__(self, clock: Clock, history_id: str = "") -> None:
+        super().__init__(clock)
+        if history_id:
+            self.tables[HISTORIES.name] = {
+                key: replace(row, history_id=history_id) for key, row in self.tables[HISTORIES.name].items()
+            }
 
     async def open(self) -> None:
         """Is open from the start."""

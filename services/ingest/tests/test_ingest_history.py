@@ -3,24 +3,27 @@
 import asyncio
 import os
 import resource
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from shformat import ProducerStamp
 from shproto import errors
+from shproto.v1 import coordinator_pb2 as pb
 from streamhouse_ingest.adapters.wal_note import SLOT_BYTES, HistoryNote
 from streamhouse_ingest.ports import Seen, WalDirectoryError
 
 from services.ingest.tests.ingest_agents import eventually, kill, started, wal_files
-from services.ingest.tests.ingest_standins import CoordinatorStandIn, SegmenterStandIn
-from services.ingest.tests.test_ingest_service import DURABLE, draining, led, request, running
+from services.ingest.tests.ingest_world import World, new_world, segmenting
+from services.ingest.tests.test_ingest_service import DURABLE, led, request, running
+from tests.platform.coordinator import Metadata
 
 
 @pytest.fixture
-def coordinator() -> CoordinatorStandIn:
-    made = CoordinatorStandIn()
-    made.create("orders", 2)
-    return made
+async def world() -> AsyncIterator[World]:
+    async with new_world(heartbeat_ms=20) as world:
+        await world.create_topic(partitions=2)
+        yield world
 
 
 def noted(directory: Path) -> tuple[str, int]:
@@ -28,77 +31,85 @@ def noted(directory: Path) -> tuple[str, int]:
     return seen.history_id, seen.position
 
 
-async def test_the_log_keeps_what_it_has_heard_of_before_it_drops_anything(
-    tmp_path: Path, coordinator: CoordinatorStandIn
-) -> None:
+def noted_sessions(world: World) -> list[pb.OpenSessionRequest]:
+    """Returns the list of all that is asked of OpenSession from now on, refused or not."""
+    noted, open_session = [], world.coordinator.open_session
+
+    async def note(request: pb.OpenSessionRequest) -> pb.OpenSessionResponse:
+        noted.append(request)
+        return await open_session(request)
+
+    world.coordinator.open_session = note
+    return noted
+
+
+async def test_the_log_keeps_what_it_has_heard_of_before_it_drops_anything(tmp_path: Path, world: World) -> None:
     limits = {"wal_file_bytes": 65536, "wal_bytes_max": 262144, "wal_group_bytes_max": 65536, "seal_bytes": 65536}
-    async with running(tmp_path, coordinator, **limits) as service, draining(SegmenterStandIn(coordinator, service)):
+    async with running(tmp_path, world.coordinator, **limits) as service, segmenting(world, service):
         history_id, opened_at = noted(tmp_path)
-        assert history_id == "history"
+        assert history_id == "memory"
         for _ in range(4):
             await service.api.produce(request(os.urandom(50_000), acks=DURABLE))
         await eventually(lambda: not (tmp_path / f"{1:020d}.wal").exists())
         assert noted(tmp_path)[1] > opened_at, "up to the registrations that freed the file"
 
 
-async def test_g7_a_full_disk_does_not_end_an_agent_that_could_give_its_log_away(
-    tmp_path: Path, coordinator: CoordinatorStandIn
-) -> None:
+async def test_g7_a_full_disk_does_not_end_an_agent_that_could_give_its_log_away(tmp_path: Path, world: World) -> None:
     """Found by simulation: it ended, and could not start again, over the note."""
-    coordinator.heartbeat_ms = 20
-    async with running(tmp_path, coordinator) as service:
+    async with running(tmp_path, world.coordinator) as service:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))  # as a full disk, but with EFBIG
         try:
-            coordinator.create("more", 1)
-            position = len(coordinator.events)
-            beats = coordinator.calls.get("heartbeat", 0)
-            await eventually(lambda: coordinator.calls.get("heartbeat", 0) > beats + 3)
+            await world.create_topic("more")
+            position = world.position
+            beats = world.coordinator.calls["heartbeat"]
+            await eventually(lambda: world.coordinator.calls["heartbeat"] > beats + 3)
             assert not service.tasks.failed.is_set() and noted(tmp_path)[1] < position
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         await eventually(lambda: noted(tmp_path)[1] >= position)
 
 
-async def test_metadata_that_went_back_is_asked_again_until_it_is_right(
-    tmp_path: Path, coordinator: CoordinatorStandIn
-) -> None:
-    async with running(tmp_path, coordinator) as service, draining(SegmenterStandIn(coordinator, service)):
+async def test_metadata_that_went_back_is_asked_again_until_it_is_right(tmp_path: Path, world: World) -> None:
+    async with running(tmp_path, world.coordinator) as service, segmenting(world, service):
         await service.api.produce(request(b"a", acks=DURABLE))
         await service.api.produce(request(b"b"))
-    coordinator.history_id = "of a new and empty database"
-    calls = coordinator.calls["open_session"]
-    starting = asyncio.create_task(started(tmp_path, coordinator))
-    await eventually(lambda: coordinator.calls["open_session"] > calls + 2)
+    dump, opened = world.dump(), noted_sessions(world)
+    world.restore(Metadata(world.clock, "of a new and empty database").tables)
+    starting = asyncio.create_task(started(tmp_path, world.coordinator))
+    await eventually(lambda: len(opened) > 2)
     assert not starting.done() and wal_files(tmp_path), "nothing is led, nothing is dropped"
-    assert coordinator.opened[-1].history_id == "history" and coordinator.opened[-1].seen_position > 0
-    coordinator.history_id = "history"
+    assert opened[-1].history_id == "memory" and opened[-1].seen_position > 0
+    world.restore(dump)
     service = await starting
     await led(service)
     await kill(service)
 
 
-async def test_the_whole_log_is_told_with_where_it_begins(tmp_path: Path, coordinator: CoordinatorStandIn) -> None:
-    async with running(tmp_path, coordinator) as service:
+async def test_the_whole_log_is_told_with_where_it_begins(tmp_path: Path, world: World) -> None:
+    async with running(tmp_path, world.coordinator) as service:
         await service.api.produce(request(b"a", b"b"))
-    async with running(tmp_path, coordinator):
-        ends = [(end.epoch, end.first_offset, end.end_offset) for end in coordinator.opened[-1].wal_ends]
+    async with running(tmp_path, world.coordinator):
+        ends = [
+            (end.epoch, end.first_offset, end.end_offset)
+            for end in world.coordinator.requests["open_session"][-1].wal_ends
+        ]
         assert ends == [(1, 0, 2)]
 
 
-async def test_a_producer_of_before_the_restore_is_refused(tmp_path: Path, coordinator: CoordinatorStandIn) -> None:
-    coordinator.producer_ids_from = 1000
-    async with running(tmp_path, coordinator) as service:
+async def test_a_producer_of_before_the_restore_is_refused(tmp_path: Path, world: World) -> None:
+    world.allocate_producer_ids_from(1000)
+    async with running(tmp_path, world.coordinator) as service:
         with pytest.raises(errors.UnknownProducer, match="before the metadata was restored"):
             await service.api.produce(request(b"a", stamp=ProducerStamp(999, 0, 0)))
         assert (await service.api.produce(request(b"a", stamp=ProducerStamp(1000, 0, 0)))).base_offset == 0
         assert (await service.api.produce(request(b"b"))).base_offset == 1
 
 
-async def test_a_damaged_note_is_no_reason_to_trust_anybody(tmp_path: Path, coordinator: CoordinatorStandIn) -> None:
+async def test_a_damaged_note_is_no_reason_to_trust_anybody(tmp_path: Path, world: World) -> None:
     (tmp_path / "history").write_text("nonsense")
     with pytest.raises(WalDirectoryError, match="not a note of a history"):
-        await started(tmp_path, coordinator)
+        await started(tmp_path, world.coordinator)
 
 
 def test_of_a_torn_write_the_note_before_is_left(tmp_path: Path) -> None:

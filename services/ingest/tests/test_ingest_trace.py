@@ -17,18 +17,19 @@ from streamhouse_ingest.produce import service
 from streamhouse_ingest.sealing import sealer
 
 from services.ingest.tests.ingest_agents import eventually, kill, started
-from services.ingest.tests.ingest_standins import CoordinatorStandIn
+from services.ingest.tests.ingest_world import World
 
 
-async def test_append_and_seal_are_linked_to_the_producers_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_append_and_seal_are_linked_to_the_producers_span(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+):
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     tracer = provider.get_tracer("test")
     monkeypatch.setattr(service, "tracer", tracer)
     monkeypatch.setattr(sealer, "tracer", tracer)
-    coordinator = CoordinatorStandIn()
-    coordinator.create("orders")
-    agent = await started(tmp_path, coordinator, seal_age_ms=600_000)
+    await world.create_topic()
+    agent = await started(tmp_path, world.coordinator, seal_age_ms=600_000)
     await eventually(lambda: agent.agent.running().logs.led("orders", 0) is not None)
     batch = encode_batch(Records.from_lists([b"v"]))
     await agent.api.produce(pb.ProduceRequest(topic="orders", batch=batch))
@@ -40,8 +41,8 @@ async def test_append_and_seal_are_linked_to_the_producers_span(tmp_path: Path, 
     durable = asyncio.create_task(
         agent.api.produce(pb.ProduceRequest(topic="orders", batch=batch, acks=types_pb2.ACKS_DURABLE))
     )
-    await eventually(lambda: coordinator.buffers)
-    (announced,) = coordinator.buffers.values()
+    await eventually(lambda: world.buffers)
+    (announced,) = world.buffers.values()
     durable.cancel()
     await asyncio.gather(durable, return_exceptions=True)
     await kill(agent)

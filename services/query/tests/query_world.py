@@ -313,7 +313,7 @@ class World(Platform):
             )
         )
 
-    # ---- the history of the metadata
+    # ---- events of other histories and versions
 
     def begin_history(self, history_id: str) -> None:
         """Lets the metadata go on in another history, as a restore does."""
