@@ -2,8 +2,8 @@
 that they are about, built from their real parts.
 
 Owns: the coordinator, its tables, the objects. Does not own: the services under test.
-Invariants: tables change in the coordinator's own transactions alone, but for what stands for time that went by
-(`expire_claims`) and for a database that another one takes the place of (`restore`).
+Invariants: tables change in the coordinator's own transactions alone, but for facts that a test states (`commit`), for
+what stands for time that went by (`expire_claims`) and for a database that another one takes the place of (`restore`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from shformat import decode_batch, open_segment, read_block, run_plan_async
+from shproto.events import Event
 from shproto.v1 import coordinator_pb2 as c
 from shproto.v1 import types_pb2
 from shruntime.clock import SystemClock
@@ -71,6 +72,10 @@ class Platform:
 
     async def expire_session(self, session_id: str) -> None:
         await sessions.end_session(self.service.context, session_id, "expired")
+
+    async def commit(self, *events: Event) -> None:
+        """States facts that no service under test brings about, as events of one transaction."""
+        await self.service.context.store.run(lambda tx: tx.append(events))
 
     async def prune(self, up_to: int) -> None:
         """Prunes the events up to this position, as after their retention."""

@@ -14,7 +14,7 @@ from streamhouse_ingest.log.producers import ProducerState, WrittenBatch, encode
 from streamhouse_ingest.wiring import IngestService
 
 from services.ingest.tests.ingest_agents import eventually, kill, started
-from services.ingest.tests.ingest_standins import CoordinatorStandIn, SegmenterStandIn
+from services.ingest.tests.ingest_world import World, segmenting
 
 ALL: dict[RangeKey, int] = {}
 
@@ -152,22 +152,24 @@ def test_more_than_a_question_may_name_did_not_fit() -> None:
     assert wanted.take() == {key(RANGES_ASKED_MAX): 8}
 
 
-class Asked(CoordinatorStandIn):
+class Asked:
     """Notes what each GetGrants named; answers wait for `gate`."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, world: World) -> None:
         self.asked: list[set[int]] = []
         self.epochs: list[set[int]] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.refuse = 0
         self.refuse_settling = False
+        peer = world.coordinator
+        self._settle_ranges, self._get_grants = peer.settle_ranges, peer.get_grants
+        peer.settle_ranges, peer.get_grants = self.settle_ranges, self.get_grants
 
     async def settle_ranges(self, request: pb.SettleRangesRequest) -> pb.SettleRangesResponse:
         if self.refuse_settling:
             raise Unavailable("not now")
-        return await super().settle_ranges(request)
+        return await self._settle_ranges(request)
 
     async def get_grants(self, request: pb.GetGrantsRequest) -> pb.GetGrantsResponse:
         self.asked.append({item.partition for item in request.only})
@@ -175,58 +177,65 @@ class Asked(CoordinatorStandIn):
         if self.refuse:
             self.refuse -= 1
             raise Unavailable("not now")
-        answer = await super().get_grants(request)
+        answer = await self._get_grants(request)
         await self.gate.wait()
         return answer
 
 
-async def test_a_new_topic_is_asked_about_alone(tmp_path: Path) -> None:
-    coordinator = Asked()
-    coordinator.create("old", 50)
-    service = await started(tmp_path, coordinator)
+@pytest.fixture
+def coordinator(world: World) -> Asked:
+    return Asked(world)
+
+
+async def test_a_new_topic_is_asked_about_alone(tmp_path: Path, world: World, coordinator: Asked) -> None:
+    await world.create_topic("old", 50)
+    service = await started(tmp_path, world.coordinator)
     logs = service.agent.running().logs
     await eventually(lambda: logs.led("old", 49) is not None)
     del coordinator.asked[:]
     coordinator.refuse = 1
-    coordinator.create("new", 3)
+    await world.create_topic("new", 3)
     await eventually(lambda: all(logs.led("new", partition) for partition in range(3)))
     assert set().union(*coordinator.asked) == {0, 1, 2}
     assert all(coordinator.asked), "nothing asks for all"
     assert logs.led("old", 49) is not None
-    coordinator.delete("new")
+    await world.delete_topic("new")
     await eventually(lambda: logs.led("new", 0) is None)
     assert all(coordinator.asked) and logs.led("old", 49) is not None
     await kill(service)
 
 
-async def test_a_range_that_is_led_waits_for_nothing_that_is_omitted_later(tmp_path: Path) -> None:
-    coordinator = Asked()
-    coordinator.create("orders", 3)
-    service = await started(tmp_path, coordinator)
+async def test_a_range_that_is_led_waits_for_nothing_that_is_omitted_later(
+    tmp_path: Path, world: World, coordinator: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.create_topic("orders", 3)
+    service = await started(tmp_path, world.coordinator)
     running = service.agent.running()
     await eventually(lambda: all(running.logs.led("orders", partition) for partition in range(3)))
-    for row in coordinator.ranges.values():
-        row.snapshot = encode_snapshot({7: ProducerState(0, (WrittenBatch(0, 1, 0),))})
-    coordinator.told_bytes_max = 1
+    await world.keep_snapshots(encode_snapshot({7: ProducerState(0, (WrittenBatch(0, 1, 0),))}))
+    monkeypatch.setattr("streamhouse_coordinator.core.sessions.SNAPSHOTS_BYTES_MAX", 1)
     asked = len(coordinator.asked)
     await running.grants.refresh()
     assert coordinator.asked[asked:] == [set()]
+    omitted = [grant.snapshot_omitted for grant in world.coordinator.answers["get_grants"][-1].grants]
+    assert omitted == [False, True, True]
     assert all(running.logs.led("orders", partition) for partition in range(3))
     await kill(service)
 
 
-async def test_a_range_that_is_finished_while_its_end_is_asked_for_is_dropped(tmp_path: Path) -> None:
+async def test_a_range_that_is_finished_while_its_end_is_asked_for_is_dropped(
+    tmp_path: Path, world: World, coordinator: Asked
+) -> None:
     """The answer is from before the registration, whose event finds a log that is not known to have an end."""
-    coordinator = Asked()
-    topic_id = coordinator.create("orders", 1)
-    service = await started(tmp_path, coordinator)
+    topic_id = await world.create_topic("orders", 1)
+    service = await started(tmp_path, world.coordinator)
     logs, first = service.agent.running().logs, RangeKey(topic_id, 0, 1)
     await eventually(lambda: logs.led("orders", 0) is not None)
     asked = len(coordinator.asked)
     coordinator.gate.clear()
-    coordinator.settle(coordinator.ranges[first], 10)
+    await world.settle(first, 10)
     await eventually(lambda: len(coordinator.asked) > asked)
-    assert coordinator.register(first, 0, 10)
+    assert await world.register(first, 0, 10)
     held = logs.get(first)
     assert held is not None
     await eventually(lambda: held.log.registered_end == 10)
@@ -239,17 +248,17 @@ def one_record() -> ingest_pb2.ProduceRequest:
     return ingest_pb2.ProduceRequest(topic="orders", batch=encode_batch(Records.from_lists([b"v"], timestamps_ms=1)))
 
 
-async def _with_older_range(tmp_path: Path, coordinator: Asked) -> tuple[IngestService, RangeKey]:
+async def _with_older_range(tmp_path: Path, world: World) -> tuple[IngestService, RangeKey]:
     """Returns an agent that leads orders/0 anew, and still holds its range of an earlier life: ten records, settled and
     not registered."""
-    topic_id = coordinator.create("orders", 1)
-    service = await started(tmp_path, coordinator)
+    topic_id = await world.create_topic("orders", 1)
+    service = await started(tmp_path, world.coordinator)
     logs = service.agent.running().logs
     await eventually(lambda: logs.led("orders", 0) is not None)
     for _ in range(10):
         await service.api.produce(one_record())
     await kill(service)
-    service = await started(tmp_path, coordinator)
+    service = await started(tmp_path, world.coordinator)
     logs = service.agent.running().logs
     await eventually(lambda: logs.led("orders", 0) is not None)
     older = RangeKey(topic_id, 0, 1)
@@ -258,67 +267,70 @@ async def _with_older_range(tmp_path: Path, coordinator: Asked) -> tuple[IngestS
     return service, older
 
 
-async def test_a_range_whose_events_say_that_it_is_finished_is_dropped_without_a_question(tmp_path: Path) -> None:
-    coordinator = Asked()
-    service, older = await _with_older_range(tmp_path, coordinator)
+async def test_a_range_whose_events_say_that_it_is_finished_is_dropped_without_a_question(
+    tmp_path: Path, world: World, coordinator: Asked
+) -> None:
+    service, older = await _with_older_range(tmp_path, world)
     logs = service.agent.running().logs
     del coordinator.asked[:]
-    assert coordinator.register(older, 0, 4)
-    assert coordinator.register(older, 4, 10)
-    assert coordinator.register(older, 4, 10) is False
+    assert await world.register(older, 0, 4)
+    assert await world.register(older, 4, 10)
+    assert await world.register(older, 4, 10) is False
     await eventually(lambda: logs.get(older) is None)
     assert coordinator.asked == []
     assert logs.led("orders", 0) is not None
     await kill(service)
 
 
-async def test_a_range_that_moved_is_dropped_without_a_question(tmp_path: Path) -> None:
-    coordinator = Asked()
-    topic_id = coordinator.create("orders", 1)
-    service = await started(tmp_path, coordinator)
+async def test_a_range_that_moved_is_dropped_without_a_question(
+    tmp_path: Path, world: World, coordinator: Asked
+) -> None:
+    topic_id = await world.create_topic("orders", 1)
+    service = await started(tmp_path, world.coordinator)
     logs, first = service.agent.running().logs, RangeKey(topic_id, 0, 1)
     await eventually(lambda: logs.led("orders", 0) is not None)
     await service.api.produce(one_record())
-    segmenter = asyncio.create_task(SegmenterStandIn(coordinator, service).run())
-    coordinator.move("orders", 0)
-    asked = len(coordinator.asked)
-    await eventually(lambda: logs.get(first) is None and logs.led("orders", 0) is not None)
+    async with segmenting(world, service):
+        asked = len(coordinator.asked)
+        await world.move(first)
+        await eventually(lambda: logs.get(first) is None and logs.led("orders", 0) is not None)
     assert coordinator.epochs[asked:] == [{1}, {2}], "what is to be moved and what is granted, not where it ended"
-    segmenter.cancel()
     await kill(service)
 
 
-async def test_a_range_that_is_finished_while_a_question_is_under_way_does_not_come_back(tmp_path: Path) -> None:
+async def test_a_range_that_is_finished_while_a_question_is_under_way_does_not_come_back(
+    tmp_path: Path, world: World, coordinator: Asked
+) -> None:
     """The answer, from before, names the range: a log held for it anew would have none of its records, and report them
     as lost."""
-    coordinator = Asked()
-    service, older = await _with_older_range(tmp_path, coordinator)
+    service, older = await _with_older_range(tmp_path, world)
     running = service.agent.running()
     asked = len(coordinator.asked)
     coordinator.gate.clear()
     running.grants.want_all()
     await eventually(lambda: len(coordinator.asked) > asked)
-    assert coordinator.register(older, 0, 10)
-    await eventually(lambda: running.current_session.position == len(coordinator.events))
+    assert await world.register(older, 0, 10)
+    await eventually(lambda: running.current_session.position == world.position)
     coordinator.gate.set()
     await eventually(lambda: running.logs.get(older) is None and not running.grants._pending)
-    assert "report_lost" not in coordinator.calls and service.tasks.error is None
+    assert "report_lost" not in world.coordinator.calls and service.tasks.error is None
     await kill(service)
 
 
-async def test_an_end_that_the_coordinator_does_not_know_finishes_no_range(tmp_path: Path) -> None:
+async def test_an_end_that_the_coordinator_does_not_know_finishes_no_range(
+    tmp_path: Path, world: World, coordinator: Asked
+) -> None:
     """A move has settled the log, and its call fails: were the log dropped, the next session would name no end of a
     range that the coordinator takes for open."""
-    coordinator = Asked()
-    topic_id = coordinator.create("orders", 1)
-    service = await started(tmp_path, coordinator)
+    topic_id = await world.create_topic("orders", 1)
+    service = await started(tmp_path, world.coordinator)
     logs, first = service.agent.running().logs, RangeKey(topic_id, 0, 1)
     await eventually(lambda: logs.led("orders", 0) is not None)
     await service.api.produce(one_record())
     coordinator.refuse_settling = True
-    coordinator.cut_off("agent-1")
+    await world.cut_off(first)
     await eventually(lambda: (held := logs.get(first)) is not None and held.log.settled_end == 1)
-    assert coordinator.register(first, 0, 1)
+    assert await world.register(first, 0, 1)
     held = logs.get(first)
     assert held is not None
     await eventually(lambda: held.log.registered_end == 1)

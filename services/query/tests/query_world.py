@@ -122,9 +122,6 @@ class World(Platform):
     def ingest_at(self, address: str) -> TailAgent:
         return self.agents[address.removesuffix(":1")]
 
-    async def commit(self, *events: ev.Event) -> None:
-        await self.service.context.store.run(lambda tx: tx.append(events))
-
     # ---- topics
 
     def topic_id(self, topic: str = "orders") -> bytes:
