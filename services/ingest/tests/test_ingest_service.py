@@ -50,6 +50,7 @@ from streamhouse_ingest.wiring import IngestService
 
 from services.ingest.tests.ingest_agents import eventually, flip_bit, kill, pull, started, wal_files
 from services.ingest.tests.ingest_standins import CoordinatorStandIn, Range, SegmenterStandIn
+from services.ingest.tests.ingest_world import World, segmenting
 
 WAL, DURABLE, NONE = types_pb2.ACKS_WAL, types_pb2.ACKS_DURABLE, types_pb2.ACKS_NONE
 
@@ -88,9 +89,7 @@ def values_of(response: pb.ReadTailResponse) -> list[bytes | None]:
 
 
 @contextlib.asynccontextmanager
-async def running(
-    directory: Path, coordinator: CoordinatorStandIn, **overrides: object
-) -> AsyncIterator[IngestService]:
+async def running(directory: Path, coordinator: Any, **overrides: object) -> AsyncIterator[IngestService]:
     """An agent that leads orders/0; killed at the end, not drained."""
     service = await started(directory, coordinator, **overrides)
     try:
@@ -108,6 +107,12 @@ async def draining(segmenter: SegmenterStandIn) -> AsyncIterator[None]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.fixture
+async def orders(world: World) -> bytes:
+    """The id of a topic at the real coordinator."""
+    return await world.create_topic("orders", 2)
 
 
 @pytest.fixture
@@ -166,9 +171,7 @@ async def test_g1_after_a_crash_everything_acknowledged_is_there_at_its_offset(
         assert (await pull(service, (topic_id, 0, 2), 10, 11)).values.to_list() == [b"new"]
 
 
-async def test_plain_records_are_encoded_by_the_server(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
+async def test_plain_records_are_encoded_by_the_server(tmp_path: Path, world: World, orders: bytes):
     plain = types_pb2.RecordList(
         records=[
             types_pb2.Record(key=b"k", value=b"v", timestamp_ms=5, headers=[types_pb2.Header(key="h", value=b"1")]),
@@ -176,11 +179,11 @@ async def test_plain_records_are_encoded_by_the_server(
             types_pb2.Record(key=b"gone", headers=[types_pb2.Header(key="null")]),
         ]
     )
-    async with running(tmp_path, coordinator) as service:
+    async with running(tmp_path, world.coordinator) as service:
         before = int(time.time() * 1000)
         answer = await service.api.produce(pb.ProduceRequest(topic="orders", records=plain))
         assert (answer.base_offset, answer.record_count) == (0, 3)
-        (found,) = (await read(service, topic_id, 0)).batches
+        (found,) = (await read(service, orders, 0)).batches
     records = decode_batch(found)
     assert records.values.to_list() == [b"v", b"", None]
     assert records.keys.to_list() == [b"k", None, b"gone"]
@@ -198,7 +201,7 @@ def small_and_large() -> tuple[bytes, bytes]:
 
 
 async def test_g7_what_unpacks_to_much_is_checked_beside_the_event_loop(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, world: World, orders: bytes, monkeypatch: pytest.MonkeyPatch
 ):
     """Decided by the size that its header declares, not by the one it comes in."""
     threads: dict[int, str] = {}
@@ -209,7 +212,7 @@ async def test_g7_what_unpacks_to_much_is_checked_beside_the_event_loop(
 
     monkeypatch.setattr(request_rules, "validate_new_batch", noted)
     small, large = small_and_large()
-    async with running(tmp_path, coordinator) as service:
+    async with running(tmp_path, world.coordinator) as service:
         for sent in (small, large):
             await service.api.produce(pb.ProduceRequest(topic="orders", batch=sent))
     assert threads[len(small)] == threading.current_thread().name
@@ -217,7 +220,7 @@ async def test_g7_what_unpacks_to_much_is_checked_beside_the_event_loop(
 
 
 async def test_g7_many_plain_bytes_are_encoded_beside_the_event_loop(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, world: World, orders: bytes, monkeypatch: pytest.MonkeyPatch
 ):
     threads: list[str] = []
 
@@ -226,7 +229,7 @@ async def test_g7_many_plain_bytes_are_encoded_beside_the_event_loop(
         return encode_batch(*args, **options)
 
     monkeypatch.setattr(request_rules, "encode_batch", noted)
-    async with running(tmp_path, coordinator) as service:
+    async with running(tmp_path, world.coordinator) as service:
         for size in (10, 1 << 20):
             plain = types_pb2.RecordList(records=[types_pb2.Record(value=os.urandom(size))])
             await service.api.produce(pb.ProduceRequest(topic="orders", records=plain))
@@ -243,9 +246,7 @@ async def test_acks_none_is_answered_at_once_and_still_written(
         assert values_of(found) == [b"a"]
 
 
-async def test_a_stream_answers_in_order_with_errors_in_their_place(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
+async def test_a_stream_answers_in_order_with_errors_in_their_place(tmp_path: Path, world: World, orders: bytes):
     async def requests() -> AsyncIterator[pb.ProduceRequest]:
         for i in range(200):
             if i == 50:
@@ -255,7 +256,7 @@ async def test_a_stream_answers_in_order_with_errors_in_their_place(
             else:
                 yield request(b"%d" % i, partition=i % 2)
 
-    async with running(tmp_path, coordinator, stream_requests_in_flight_max=8) as service:
+    async with running(tmp_path, world.coordinator, stream_requests_in_flight_max=8) as service:
         await led(service, partition=1)
         answers = [answer async for answer in service.api.produce_stream(requests())]
     assert [a.error.reason for a in answers if a.HasField("error")] == ["INVALID_BATCH", "UNKNOWN_PARTITION"]
@@ -265,14 +266,12 @@ async def test_a_stream_answers_in_order_with_errors_in_their_place(
         assert offsets == list(range(len(offsets)))
 
 
-async def test_a_stream_that_is_given_up_leaves_nothing_running(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id
-):
+async def test_a_stream_that_is_given_up_leaves_nothing_running(tmp_path: Path, world: World, orders: bytes):
     async def requests() -> AsyncIterator[pb.ProduceRequest]:
         while True:
             yield request(b"v")
 
-    async with running(tmp_path, coordinator) as service:
+    async with running(tmp_path, world.coordinator) as service:
         async with contextlib.aclosing(service.api.produce_stream(requests())) as stream:
             for _ in range(10):
                 await anext(stream)
@@ -317,20 +316,18 @@ async def test_a_stream_that_is_given_up_leaves_nothing_running(
     ],
 )
 async def test_bad_requests_are_refused_and_leave_nothing(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, bad: pb.ProduceRequest, kind: type
+    tmp_path: Path, world: World, orders: bytes, bad: pb.ProduceRequest, kind: type
 ):
-    async with running(tmp_path, coordinator, batch_bytes_max=2048) as service:
+    async with running(tmp_path, world.coordinator, batch_bytes_max=2048) as service:
         with pytest.raises(kind) as caught:
             await service.api.produce(bad)
         assert caught.value.message
-        assert (await read(service, topic_id, 0)).high_watermark == 0
+        assert (await read(service, orders, 0)).high_watermark == 0
         assert (await service.api.produce(request(b"good"))).base_offset == 0
 
 
-async def test_timestamps_of_all_years_with_four_digits_are_taken(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
-    async with running(tmp_path, coordinator, timestamp_ahead_ms_max=1 << 50) as service:
+async def test_timestamps_of_all_years_with_four_digits_are_taken(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator, timestamp_ahead_ms_max=1 << 50) as service:
         for timestamp_ms in (TIMESTAMP_MS_MIN, -1, 0, TIMESTAMP_MS_MAX):
             await service.api.produce(pb.ProduceRequest(topic="orders", batch=batch(b"v", timestamp_ms=timestamp_ms)))
         for timestamp_ms in (TIMESTAMP_MS_MIN - 1, TIMESTAMP_MS_MAX + 1):
@@ -343,33 +340,29 @@ async def test_timestamps_of_all_years_with_four_digits_are_taken(
 
 
 async def test_a_timestamp_too_far_ahead_is_named_as_the_application_names_it(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
-    async with running(tmp_path, coordinator) as service:
+    async with running(tmp_path, world.coordinator) as service:
         far = TIMESTAMP_MS_MAX
         with pytest.raises(errors.InvalidArgument, match=f"^timestamp_ms is {far}, at most") as caught:
             await service.api.produce(pb.ProduceRequest(topic="orders", batch=batch(b"v", timestamp_ms=far)))
         assert caught.value.details["field"] == "timestamp_ms"
 
 
-async def test_a_batch_with_gaps_in_its_offsets_is_refused(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
+async def test_a_batch_with_gaps_in_its_offsets_is_refused(tmp_path: Path, world: World, orders: bytes):
     gapped = encode_batch(Records.from_lists([b"a", b"b"], offsets=[0, 5]))
-    async with running(tmp_path, coordinator) as service:
+    async with running(tmp_path, world.coordinator) as service:
         with pytest.raises(errors.InvalidBatch, match="gaps"):
             await service.api.produce(pb.ProduceRequest(topic="orders", batch=gapped))
 
 
-async def test_a_name_nobody_knows_is_asked_for_once_a_second(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
-    async with running(tmp_path, coordinator) as service:
+async def test_a_name_nobody_knows_is_asked_for_once_a_second(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator) as service:
         answers = await asyncio.gather(
             *(service.api.produce(request(b"v", topic="nobody")) for _ in range(50)), return_exceptions=True
         )
         assert all(isinstance(answer, errors.UnknownTopic) for answer in answers)
-        assert coordinator.calls["get_metadata"] == 1
+        assert world.coordinator.calls["get_metadata"] == 1
 
 
 async def test_a_partition_led_elsewhere_says_so(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
@@ -420,16 +413,14 @@ async def test_g1_a_topic_created_again_takes_its_own_writes_before_the_agent_ha
 # ---- idempotent producers (G5)
 
 
-async def test_g5_a_retry_gets_the_original_offset_also_after_a_crash(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
+async def test_g5_a_retry_gets_the_original_offset_also_after_a_crash(tmp_path: Path, world: World, orders: bytes):
     stamps = [ProducerStamp(7, 0, i * 2) for i in range(3)]
-    async with running(tmp_path, coordinator) as service:
+    async with running(tmp_path, world.coordinator) as service:
         for i, stamp in enumerate(stamps):
             assert (await service.api.produce(request(b"a", b"b", stamp=stamp))).base_offset == i * 2
         again = await service.api.produce(request(b"a", b"b", stamp=stamps[1]))
         assert (again.base_offset, again.duplicate) == (2, True)
-    async with running(tmp_path, coordinator) as service:
+    async with running(tmp_path, world.coordinator) as service:
         again = await service.api.produce(request(b"a", b"b", stamp=stamps[2]))
         assert (again.base_offset, again.duplicate) == (4, True)
         with pytest.raises(errors.SequenceGap) as caught:
@@ -440,16 +431,14 @@ async def test_g5_a_retry_gets_the_original_offset_also_after_a_crash(
             await service.api.produce(request(b"c", stamp=ProducerStamp(7, 0, 6)))
 
 
-async def test_g5_the_next_leader_knows_the_producers_from_the_snapshot(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
+async def test_g5_the_next_leader_knows_the_producers_from_the_snapshot(tmp_path: Path, world: World, orders: bytes):
     stamp = ProducerStamp(7, 0, 0)
-    service = await started(tmp_path / "a", coordinator)
+    service = await started(tmp_path / "a", world.coordinator)
     await led(service)
-    async with draining(SegmenterStandIn(coordinator, service)):
+    async with segmenting(world, service):
         assert (await service.api.produce(request(b"a", stamp=stamp))).base_offset == 0
         await service.stop()
-    async with running(tmp_path / "b", coordinator, agent_id="agent-2") as other:
+    async with running(tmp_path / "b", world.coordinator, agent_id="agent-2") as other:
         again = await other.api.produce(request(b"a", stamp=stamp))
         assert (again.base_offset, again.duplicate, again.epoch) == (0, True, 2)
         durable = await other.api.produce(request(b"a", stamp=stamp, acks=DURABLE, timeout_ms=1000))
@@ -457,9 +446,7 @@ async def test_g5_the_next_leader_knows_the_producers_from_the_snapshot(
 
 
 @contextlib.asynccontextmanager
-async def serving(
-    directory: Path, coordinator: CoordinatorStandIn, **overrides: object
-) -> AsyncIterator[IngestService]:
+async def serving(directory: Path, coordinator: Any, **overrides: object) -> AsyncIterator[IngestService]:
     """An agent that leads both partitions, and whose buffers are registered; stopped at the end."""
     service = await started(directory, coordinator, **overrides)
     async with draining(SegmenterStandIn(coordinator, service)):
@@ -607,10 +594,8 @@ async def test_g1_a_durable_retry_is_not_acknowledged_by_what_only_a_dead_agents
             await other.api.produce(request(b"a", stamp=stamps[1], acks=DURABLE))
 
 
-async def test_retries_within_one_group_are_written_once(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
-    async with running(tmp_path, coordinator) as service:
+async def test_retries_within_one_group_are_written_once(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator) as service:
         answers = await asyncio.gather(
             *(service.api.produce(request(b"a", stamp=ProducerStamp(7, 0, 0))) for _ in range(5))
         )
@@ -622,23 +607,23 @@ async def test_retries_within_one_group_are_written_once(
 
 
 async def test_a_durable_ack_in_vain_leaves_the_record_and_a_retry_finds_it(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
     stamp = ProducerStamp(7, 0, 0)
-    async with running(tmp_path, coordinator) as service:
+    async with running(tmp_path, world.coordinator) as service:
         with pytest.raises(errors.DurableTimeout):
             await service.api.produce(request(b"a", acks=DURABLE, stamp=stamp, timeout_ms=60))
-        assert values_of(await read(service, topic_id, 0)) == [b"a"]
-        async with draining(SegmenterStandIn(coordinator, service)):
+        assert values_of(await read(service, orders, 0)) == [b"a"]
+        async with segmenting(world, service):
             again = await service.api.produce(request(b"a", acks=DURABLE, stamp=stamp))
             assert (again.base_offset, again.duplicate) == (0, True)
 
 
 async def test_g1_a_durable_ack_waits_for_the_registration_that_covers_its_offset(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
     """Not for any that comes: neither one below it, nor one of another partition."""
-    async with running(tmp_path, coordinator, durable_linger_ms=10_000) as service:
+    async with running(tmp_path, world.coordinator, durable_linger_ms=10_000) as service:
         await led(service, partition=1)
         held = service.agent.running().logs.led("orders", 0)
         assert held is not None
@@ -649,13 +634,13 @@ async def test_g1_a_durable_ack_waits_for_the_registration_that_covers_its_offse
         await service.api.produce(request(b"b", partition=1))
         other = service.agent.running().logs.led("orders", 1)
         assert other is not None
-        coordinator.register((topic_id, 1, 1), 0, 1)
+        await world.register(RangeKey(orders, 1, 1), 0, 1)
         await eventually(lambda: other.log.registered_end == 1)
         assert not [call for call in waiting if call.done()]
-        coordinator.register((topic_id, 0, 1), 0, 2)
+        await world.register(RangeKey(orders, 0, 1), 0, 2)
         assert [(await call).base_offset for call in waiting[:2]] == [0, 1]
         assert not waiting[2].done()
-        coordinator.register((topic_id, 0, 1), 2, 3)
+        await world.register(RangeKey(orders, 0, 1), 2, 3)
         assert (await waiting[2]).base_offset == 2
 
 
@@ -693,11 +678,11 @@ async def test_g7_a_full_log_pushes_back_and_takes_more_once_segments_are_regist
 
 
 async def test_g7_a_log_full_of_one_file_takes_more_once_that_is_registered(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
     """A group may be larger than a file is to be: the open file is all of the log, and nothing but a write ends it."""
     limits = {"wal_file_bytes": 65536, "wal_bytes_max": 262144, "seal_bytes": 65536}
-    async with running(tmp_path, coordinator, **limits) as service, draining(SegmenterStandIn(coordinator, service)):
+    async with running(tmp_path, world.coordinator, **limits) as service, segmenting(world, service):
         for n in range(5):
             answer = await service.api.produce(request(os.urandom(200_000), acks=DURABLE))
             assert answer.base_offset == n
@@ -725,8 +710,8 @@ async def test_g7_memory_stays_bounded_and_what_left_it_is_read_from_the_log(
         assert service.agent.running().logs.memory_bytes >= 0
 
 
-async def test_the_queue_has_a_limit(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
-    async with running(tmp_path, coordinator, queue_bytes_max=65536, batch_bytes_max=65536) as service:
+async def test_the_queue_has_a_limit(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator, queue_bytes_max=65536, batch_bytes_max=65536) as service:
         answers = await asyncio.gather(
             *(service.api.produce(request(os.urandom(20_000))) for _ in range(6)), return_exceptions=True
         )
@@ -736,10 +721,8 @@ async def test_the_queue_has_a_limit(tmp_path: Path, coordinator: CoordinatorSta
         assert service.agent.running().writer.queue_bytes == 0
 
 
-async def test_the_queue_of_batches_to_check_has_a_limit_of_its_own(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
-    async with running(tmp_path, coordinator, checks_queue_bytes_max=65536, batch_bytes_max=65536) as service:
+async def test_the_queue_of_batches_to_check_has_a_limit_of_its_own(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator, checks_queue_bytes_max=65536, batch_bytes_max=65536) as service:
         large = [request(os.urandom(20_000) + bytes(600_000)) for _ in range(8)]
         answers = await asyncio.gather(*map(service.api.produce, large), return_exceptions=True)
         refused = [answer for answer in answers if isinstance(answer, errors.Overloaded)]
@@ -747,10 +730,8 @@ async def test_the_queue_of_batches_to_check_has_a_limit_of_its_own(
         assert {answer.details["limit"] for answer in refused} == {"checks_queue_bytes_max"}
 
 
-async def test_a_full_disk_refuses_keeps_nothing_and_recovers(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
-    async with running(tmp_path, coordinator) as service:
+async def test_a_full_disk_refuses_keeps_nothing_and_recovers(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator) as service:
         await service.api.produce(request(b"a", stamp=ProducerStamp(7, 0, 0)))
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         size = service.agent.running().opened.wal.active_bytes
@@ -760,7 +741,7 @@ async def test_a_full_disk_refuses_keeps_nothing_and_recovers(
                 await service.api.produce(request(os.urandom(5000), stamp=ProducerStamp(7, 0, 1)))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        assert (await read(service, topic_id, 0)).high_watermark == 1
+        assert (await read(service, orders, 0)).high_watermark == 1
         answer = await service.api.produce(request(b"b", stamp=ProducerStamp(7, 0, 1)))
         assert (answer.base_offset, answer.duplicate) == (1, False)
 
@@ -780,10 +761,10 @@ def no_descriptor_left() -> Iterator[None]:
 
 @pytest.mark.parametrize("fsync", ["always", "interval"])
 async def test_g7_no_descriptor_for_the_next_file_of_the_log_is_as_a_full_disk(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, fsync: str
+    tmp_path: Path, world: World, orders: bytes, fsync: str
 ):
     """Silent connections took them all: producers are pushed back, and the agent goes on when they end."""
-    async with running(tmp_path, coordinator, wal_fsync=fsync, wal_file_bytes=64 * 1024) as service:
+    async with running(tmp_path, world.coordinator, wal_fsync=fsync, wal_file_bytes=64 * 1024) as service:
         values = [os.urandom(40_000) for _ in range(4)]
         await service.api.produce(request(values[0]))
         for value in values[1:]:  # each needs a file of its own
@@ -792,20 +773,18 @@ async def test_g7_no_descriptor_for_the_next_file_of_the_log_is_as_a_full_disk(
                     with pytest.raises(errors.DiskFull, match="Too many open files"):
                         await service.api.produce(request(value))
             await service.api.produce(request(value))
-        assert values_of(await read(service, topic_id, 0)) == values
+        assert values_of(await read(service, orders, 0)) == values
         assert not service.tasks.failed.is_set()
 
 
-async def test_g7_no_descriptor_to_read_the_log_with_is_told_to_try_again(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
-    async with running(tmp_path, coordinator, memory_bytes_max=1 << 20, tail_cache_bytes=0) as service:
+async def test_g7_no_descriptor_to_read_the_log_with_is_told_to_try_again(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator, memory_bytes_max=1 << 20, tail_cache_bytes=0) as service:
         for _ in range(30):
             await service.api.produce(request(os.urandom(100_000)))
         with no_descriptor_left(), pytest.raises(errors.Overloaded, match="Too many open files") as refused:
-            await read(service, topic_id, 0)
+            await read(service, orders, 0)
         assert refused.value.retry_after_ms > 0
-        assert (await read(service, topic_id, 0)).batches
+        assert (await read(service, orders, 0)).batches
 
 
 async def test_g7_a_log_without_room_is_told_once_until_a_whole_file_fits_again(tmp_path: Path):
@@ -901,12 +880,12 @@ async def test_heartbeats_do_not_wait_for_a_disk_that_hangs(tmp_path: Path, monk
 
 
 async def test_a_failed_fsync_acknowledges_nothing_and_ends_the_agent(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, world: World, orders: bytes, monkeypatch: pytest.MonkeyPatch
 ):
     def fail(fd: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    async with running(tmp_path, coordinator) as service:
+    async with running(tmp_path, world.coordinator) as service:
         await service.api.produce(request(b"a"))
         monkeypatch.setattr(os, "fdatasync", fail)
         with pytest.raises(errors.Unavailable):
@@ -915,14 +894,14 @@ async def test_a_failed_fsync_acknowledges_nothing_and_ends_the_agent(
         monkeypatch.undo()
         with pytest.raises(errors.Unavailable):
             await service.api.produce(request(b"c"))
-        assert (await read(service, topic_id, 0)).high_watermark == 1
+        assert (await read(service, orders, 0)).high_watermark == 1
 
 
 async def test_a_failed_log_leaves_its_ranges_to_the_next_replay(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, world: World, orders: bytes, monkeypatch: pytest.MonkeyPatch
 ):
     """What memory says of the end is less than what a replay finds: the group whose fsync failed."""
-    service = await started(tmp_path, coordinator)
+    service = await started(tmp_path, world.coordinator)
     await led(service)
     await service.api.produce(request(b"a"))
 
@@ -933,17 +912,17 @@ async def test_a_failed_log_leaves_its_ranges_to_the_next_replay(
     with pytest.raises(errors.Unavailable):
         await service.api.produce(request(b"b"))
     await service.tasks.failed.wait()
-    coordinator.expire_all()
+    await world.expire_all()
     running_ = service.agent.running()
     with pytest.raises(WalBroken):
         await running_.session.open("another")
     await service.stop()
     monkeypatch.undo()
-    assert coordinator.calls["open_session"] == 1 and "close_session" not in coordinator.calls
-    assert coordinator.ranges[(topic_id, 0, 1)].end is None
-    async with running(tmp_path, coordinator) as again:
-        assert coordinator.ranges[(topic_id, 0, 1)].end == 2
-        assert values_of(await read(again, topic_id, 0)) == [b"a", b"b"]
+    assert world.coordinator.calls["open_session"] == 1 and "close_session" not in world.coordinator.calls
+    assert world.range(RangeKey(orders, 0, 1)).end_offset is None
+    async with running(tmp_path, world.coordinator) as again:
+        assert world.range(RangeKey(orders, 0, 1)).end_offset == 2
+        assert values_of(await read(again, orders, 0)) == [b"a", b"b"]
 
 
 async def test_an_agent_that_stops_opens_no_new_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -979,13 +958,15 @@ def test_a_first_wait_above_the_longest_is_refused(tmp_path: Path):
 
 
 async def test_with_fsync_by_interval_acks_do_not_wait_for_it(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, world: World, orders: bytes, monkeypatch: pytest.MonkeyPatch
 ):
     synced: list[int] = []
     real = os.fdatasync
     monkeypatch.setattr(os, "fdatasync", lambda fd: (synced.append(fd), real(fd))[1])
     clock = ManualClock(1_000_000)
-    async with running(tmp_path, coordinator, clock=clock, wal_fsync="interval", wal_fsync_interval_ms=30) as service:
+    async with running(
+        tmp_path, world.coordinator, clock=clock, wal_fsync="interval", wal_fsync_interval_ms=30
+    ) as service:
         await service.api.produce(request(b"a"))
         assert not synced
         clock.advance(30)
@@ -1202,10 +1183,10 @@ async def test_g1_a_move_of_a_deleted_topic_ends_and_takes_no_write_for_the_next
 
 
 async def test_g2_a_range_that_ends_with_the_session_ends_after_what_is_being_written(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, world: World, orders: bytes, monkeypatch: pytest.MonkeyPatch
 ):
     """The agent stops because of an error: a group on its way to the disk may be read before the process ends."""
-    service = await started(tmp_path, coordinator, shutdown_timeout_ms=10)
+    service = await started(tmp_path, world.coordinator, shutdown_timeout_ms=10)
     await led(service)
     goes_on, append = threading.Event(), FileWal.append
 
@@ -1230,16 +1211,16 @@ async def test_g2_a_range_that_ends_with_the_session_ends_after_what_is_being_wr
     assert caught.value.details["outcome"] == errors.UNKNOWN, "it is written, but not acknowledged"
     with contextlib.suppress(errors.AgentIdTaken):
         await stopping
-    assert coordinator.ranges[(topic_id, 0, 1)].end == 1
+    assert world.range(RangeKey(orders, 0, 1)).end_offset == 1
 
 
 async def test_a_defect_while_writing_leaves_nobody_waiting(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, world: World, orders: bytes, monkeypatch: pytest.MonkeyPatch
 ):
     def broken(self: FileWal, frames: Sequence[Frame]) -> list[WalPosition]:
         raise ValueError("a defect")
 
-    async with running(tmp_path, coordinator) as service:
+    async with running(tmp_path, world.coordinator) as service:
         monkeypatch.setattr(FileWal, "append", broken)
         with pytest.raises(errors.Unavailable, match="stopped while"):
             await service.api.produce(request(b"a", timeout_ms=60_000))
@@ -1384,18 +1365,16 @@ async def test_the_coordinator_may_come_later(tmp_path: Path, coordinator: Coord
     await kill(service)
 
 
-async def test_a_directory_in_use_is_refused(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
-    async with running(tmp_path, coordinator):
+async def test_a_directory_in_use_is_refused(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator):
         with pytest.raises(WalLocked):
-            await started(tmp_path, coordinator)
+            await started(tmp_path, world.coordinator)
 
 
-async def test_an_agent_id_in_use_elsewhere_is_refused(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
-    async with running(tmp_path / "a", coordinator):
+async def test_an_agent_id_in_use_elsewhere_is_refused(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path / "a", world.coordinator):
         with pytest.raises(errors.AgentIdTaken):
-            await started(tmp_path / "b", coordinator)
+            await started(tmp_path / "b", world.coordinator)
 
 
 async def test_a_start_that_fails_after_its_session_was_opened_gives_the_id_back(
@@ -1472,14 +1451,14 @@ async def test_what_is_left_of_a_buffer_registered_in_part_is_announced_anew(
         assert (await pull(service, key, 3, 4)).values.to_list() == [b"3"]
 
 
-async def test_a_slice_that_is_not_held_is_fenced(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
-    async with running(tmp_path, coordinator) as service:
+async def test_a_slice_that_is_not_held_is_fenced(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator) as service:
         await service.api.produce(request(b"a", b"b"))
         for key, base, end in (
-            ((topic_id, 0, 9), 0, 2),
-            ((topic_id, 0, 1), 2, 4),
-            ((topic_id, 0, 1), 1, 2),
-            ((topic_id, 0, 1), 0, 1),
+            ((orders, 0, 9), 0, 2),
+            ((orders, 0, 1), 2, 4),
+            ((orders, 0, 1), 1, 2),
+            ((orders, 0, 1), 0, 1),
         ):
             with pytest.raises(errors.Fenced):
                 await pull(service, key, base, end)
@@ -1488,28 +1467,26 @@ async def test_a_slice_that_is_not_held_is_fenced(tmp_path: Path, coordinator: C
 # ---- the tail
 
 
-async def test_a_reader_at_the_high_watermark_is_woken_by_the_next_record(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
-    async with running(tmp_path, coordinator) as service:
-        waiting = asyncio.create_task(read(service, topic_id, 0, max_wait_ms=300_000))
+async def test_a_reader_at_the_high_watermark_is_woken_by_the_next_record(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator) as service:
+        waiting = asyncio.create_task(read(service, orders, 0, max_wait_ms=300_000))
         await asyncio.sleep(0.02)
         assert not waiting.done()
         await service.api.produce(request(b"a"))
         assert values_of(await waiting) == [b"a"]
-        late = await read(service, topic_id, 1, max_wait_ms=30)
+        late = await read(service, orders, 1, max_wait_ms=30)
         assert (values_of(late), late.high_watermark) == ([], 1)
 
 
-async def test_a_tail_read_says_what_it_does_not_hold(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
-    async with running(tmp_path, coordinator, tail_cache_bytes=0, seal_age_ms=20) as service:
+async def test_a_tail_read_says_what_it_does_not_hold(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator, tail_cache_bytes=0, seal_age_ms=20) as service:
         assert (await read(service, b"?" * 16, 0)).not_held
         for value in (b"a", b"b"):
             await service.api.produce(request(value))
-        assert (await read(service, topic_id, 3)).not_held
-        async with draining(SegmenterStandIn(coordinator, service)):
+        assert (await read(service, orders, 3)).not_held
+        async with segmenting(world, service):
             await eventually(lambda: service.agent.running().logs.memory_bytes == 0)
-        below = await read(service, topic_id, 0)
+        below = await read(service, orders, 0)
         assert (values_of(below), below.tail_start_offset, below.high_watermark) == ([], 2, 2)
 
 
@@ -1647,20 +1624,20 @@ def flip_in(path: Path, value: bytes) -> None:
 
 
 async def test_g6_a_batch_damaged_after_it_was_written_is_an_error_when_read_back(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
     """With its place; what comes before and after it is there."""
     values = [os.urandom(50_000) for _ in range(30)]
-    async with running(tmp_path, coordinator, **SMALL_MEMORY) as service:
+    async with running(tmp_path, world.coordinator, **SMALL_MEMORY) as service:
         for value in values:
             await service.api.produce(request(value))
         (path,) = wal_files(tmp_path)
         flip_in(path, values[3])
-        assert values_of(await read(service, topic_id, 0)) == values[:3]
+        assert values_of(await read(service, orders, 0)) == values[:3]
         with pytest.raises(errors.DataLoss) as caught:
-            await read(service, topic_id, 3)
+            await read(service, orders, 3)
         assert (caught.value.details["base_offset"], caught.value.details["end_offset"]) == ("3", "4")
-        assert values_of(await read(service, topic_id, 4))[:2] == values[4:6]
+        assert values_of(await read(service, orders, 4))[:2] == values[4:6]
 
 
 async def test_g6_damage_on_a_running_agents_disk_holds_up_nothing_but_what_it_hit(
@@ -1747,10 +1724,10 @@ async def test_g1_a_durable_retry_elsewhere_is_told_what_damage_took(
 
 
 async def test_g6_a_second_look_at_what_seems_damaged_takes_nothing_out_that_can_be_read(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, world: World, orders: bytes, monkeypatch: pytest.MonkeyPatch
 ):
     values = [os.urandom(50_000) for _ in range(30)]
-    async with running(tmp_path, coordinator, **SMALL_MEMORY) as service:
+    async with running(tmp_path, world.coordinator, **SMALL_MEMORY) as service:
         for value in values:
             await service.api.produce(request(value))
         reader = service.agent.running().opened.reader
@@ -1764,12 +1741,12 @@ async def test_g6_a_second_look_at_what_seems_damaged_takes_nothing_out_that_can
             return read_batches(positions)
 
         monkeypatch.setattr(reader, "read", fail_once)
-        assert values_of(await read(service, topic_id, 0))[:5] == values[:5]
+        assert values_of(await read(service, orders, 0))[:5] == values[:5]
         assert service.agent.running().logs.led("orders", 0).log.lost_spans() == []
 
 
-async def test_describe_shows_what_is_there(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
-    async with running(tmp_path, coordinator) as service:
+async def test_describe_shows_what_is_there(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator) as service:
         await service.api.produce(request(b"a", b"b"))
         found = await service.api.describe_agent(pb.DescribeAgentRequest())
         first = next(p for p in found.partitions if p.partition == 0)
