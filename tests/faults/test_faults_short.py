@@ -82,7 +82,7 @@ def past_proxies(fleet: Fleet) -> set[str]:
     places = {name: member.listen for name, member in fleet.members.items()}
     for name, server in fleet.servers.items():
         places |= {f"{name} {place}": place for place in place_of(server.url).split(",")}
-    if fleet.store is not None:
+    if fleet.store is not None and fleet.store.address:  # once it listens
         places["s3"] = fleet.store.address
     targets = {int(place.rpartition(":")[2]): name for name, place in places.items()}
     return {

@@ -10,6 +10,7 @@ import sys
 import threading
 from typing import Any
 
+from moto.s3.responses import S3Response
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -19,6 +20,19 @@ class QuietHandler(WSGIRequestHandler):
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         pass
+
+
+def store_atomically() -> None:
+    """Makes moto's conditional writes atomic, as S3's are: it looks for an object and stores one in two steps, and two
+    of its threads that look first both store."""
+    lock = threading.RLock()
+    for name in ("put_object", "_key_response_post"):
+
+        def locked(*arguments: Any, write: Any = getattr(S3Response, name)) -> Any:
+            with lock:
+                return write(*arguments)
+
+        setattr(S3Response, name, locked)
 
 
 class S3Server:
@@ -39,6 +53,7 @@ class S3Server:
 
 
 def main() -> None:
+    store_atomically()
     server = S3Server(int(sys.argv[1]))
     commands = {"up": server.up, "down": server.down}
     for line in sys.stdin:

@@ -28,11 +28,18 @@ def details_sent() -> dict[str, set[str]]:
         if "tests" in path.parts:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in sent:
-                sent[node.func.id] |= {keyword.arg for keyword in node.keywords if keyword.arg}
+            if isinstance(node, ast.Call) and (name := _name_of(node.func)) in sent:
+                sent[name] |= {keyword.arg for keyword in node.keywords if keyword.arg}
             if isinstance(node, ast.Assign):
                 added |= {name for target in node.targets if (name := _detail_of(target))}
     return {name: details | added for name, details in sent.items()}
+
+
+def _name_of(called: ast.expr) -> str:
+    """The class in `Unavailable(...)` and `errors.Unavailable(...)`; else nothing."""
+    if isinstance(called, ast.Attribute):
+        return called.attr
+    return called.id if isinstance(called, ast.Name) else ""
 
 
 def _detail_of(target: ast.expr) -> str:

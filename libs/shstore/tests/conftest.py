@@ -9,6 +9,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import boto3
 import botocore.session
@@ -21,6 +22,8 @@ from tests.integration.servers import Server, versitygw_server
 MOTO = """
 import sys
 from moto.server import ThreadedMotoServer
+from tests.integration.moto_process import store_atomically
+store_atomically()
 server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
 server.start()
 print(server.get_host_and_port()[1], flush=True)
@@ -46,6 +49,7 @@ def moto_endpoint(environment: dict[str, str] | None = None) -> Iterator[str]:
         stderr=subprocess.DEVNULL,
         text=True,
         env=environment,
+        cwd=Path(__file__).resolve().parents[3],  # `tests` is found from there
     )
     assert process.stdin and process.stdout
     with process.stdin, process.stdout:
