@@ -144,7 +144,7 @@ def frames(keys: Sequence[RangeKey], values: list[bytes], count: int, ends: dict
         stamp = ProducerStamp(key.partition + 1, 0, ends[key])
         batch = stamp_batch(encode_batch(records, producer=stamp), ends[key], key.epoch)
         base_offset, ends[key] = ends[key], ends[key] + count
-        yield Frame(key, base_offset, count, batch)
+        yield Frame(key=key, base_offset=base_offset, record_count=count, batch=batch)
 
 
 def log_bytes(folder: Path) -> int:

@@ -120,7 +120,7 @@ def write_groups(folder: Path, ahead_bytes: int, group_bytes: int, seconds: floa
     cpu_s, began_s = time.thread_time(), time.perf_counter()
     while time.perf_counter() - began_s < seconds:
         sent_s = time.perf_counter()
-        (position,) = wal.append([Frame(KEY, len(taken_s), 1, batch)])
+        (position,) = wal.append([Frame(key=KEY, base_offset=len(taken_s), record_count=1, batch=batch)])
         taken_s.append(time.perf_counter() - sent_s)
         if position.size_bytes != len(batch):
             raise Wrong(f"{position.size_bytes} bytes written of {len(batch)}")

@@ -102,9 +102,38 @@ def test_a_topic_shows_everything_it_was_made_with(cli: Cli) -> None:
 
 
 def test_what_is_lost_for_good_is_shown_with_its_place(capsys: pytest.CaptureFixture[str]) -> None:
-    topic = Topic("orders", "id", 1, None, None, "wal", None, 0)
-    lost = LostRecords(3, 1_000, 1_004, "damaged in the write-ahead log")
-    show_description(TopicDescription(topic, (Partition(0, "a", "", 4, 0, 2_000, 2, 9, 9, 1_996, (), (lost,)),)))
+    topic = Topic(
+        topic="orders",
+        topic_id="id",
+        partitions=1,
+        retention_ms=None,
+        retention_bytes=None,
+        min_acks="wal",
+        unclean_recovery_after_ms=None,
+        created_ms=0,
+    )
+    lost = LostRecords(epoch=3, base_offset=1_000, end_offset=1_004, reason="damaged in the write-ahead log")
+    show_description(
+        TopicDescription(
+            topic,
+            (
+                Partition(
+                    partition=0,
+                    leader_agent_id="a",
+                    leader_address="",
+                    epoch=4,
+                    log_start_offset=0,
+                    registered_end=2_000,
+                    segment_count=2,
+                    size_bytes=9,
+                    raw_bytes=9,
+                    record_count=1_996,
+                    ranges=(),
+                    lost=(lost,),
+                ),
+            ),
+        )
+    )
     title, _, _, row = capsys.readouterr().out.splitlines()[-4:]
     assert title.strip() == "lost for good"
     assert row.split(maxsplit=4) == ["0", "3", "1,000", "1,004", "damaged in the write-ahead log"]

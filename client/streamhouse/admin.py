@@ -213,15 +213,15 @@ class Admin(AsyncContext):
         """Returns the sessions, leases and backlog of the cluster, and failures that need an operator."""
         response = await self._peers.coordinator.get_status(coordinator_pb2.GetStatusRequest())
         return ClusterStatus(
-            tuple(session_of(info) for info in response.sessions),
-            tuple(lease_of(info) for info in response.leases),
-            response.buffers_waiting,
-            response.buffers_claimed,
-            response.buffers_waiting_bytes,
-            response.events_position,
-            response.outbox_position,
-            response.missing_position,
-            tuple(
+            sessions=tuple(session_of(info) for info in response.sessions),
+            leases=tuple(lease_of(info) for info in response.leases),
+            buffers_waiting=response.buffers_waiting,
+            buffers_claimed=response.buffers_claimed,
+            buffers_waiting_bytes=response.buffers_waiting_bytes,
+            events_position=response.events_position,
+            outbox_position=response.outbox_position,
+            missing_position=response.missing_position,
+            buffer_failures=tuple(
                 BufferFailure(
                     buffer_id=item.buffer_id,
                     agent_id=item.agent_id,
@@ -231,7 +231,7 @@ class Admin(AsyncContext):
                 )
                 for item in response.buffer_failures
             ),
-            tuple(
+            unreachable_agents=tuple(
                 UnreachableAgent(
                     agent_id=item.agent_id,
                     address=item.address,
@@ -274,7 +274,12 @@ class Admin(AsyncContext):
         response = await self._peers.coordinator.fetch_offsets(request)
         return [
             CommittedOffset(
-                found.topic, found.partition, found.offset, found.metadata, found.committed_ms, found.topic_id.hex()
+                topic=found.topic,
+                partition=found.partition,
+                offset=found.offset,
+                metadata=found.metadata,
+                committed_ms=found.committed_ms,
+                topic_id=found.topic_id.hex(),
             )
             for found in response.offsets
             if found.offset >= 0

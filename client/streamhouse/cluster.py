@@ -6,7 +6,7 @@ from shproto.acks import ACKS_NAMES, Acks
 from shproto.v1 import coordinator_pb2, types_pb2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Topic:
     """Settings of a topic. retention_ms, retention_bytes None: records are kept for ever; retention_bytes is per
     partition."""
@@ -41,7 +41,7 @@ class TopicConfig:
     alterable: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OffsetRange:
     """Offsets [start_offset, limit_offset) that an epoch owns, registered up to registered_end. end_offset is set when
     the range is settled. status: open | orphaned | settled | lost. orphaned_ms: when its leader was lost; 0: it is not
@@ -59,7 +59,7 @@ class OffsetRange:
     acknowledged_end: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LostRecords:
     """Offsets [base_offset, end_offset) of an epoch with records that are lost for good; reading them is DATA_LOSS."""
 
@@ -69,7 +69,7 @@ class LostRecords:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Partition:
     """A partition. leader_agent_id and leader_address are empty while there is no leader. size_bytes, raw_bytes (before
     compression), segment_count and record_count count segments on the object store."""
@@ -96,7 +96,7 @@ class TopicDescription:
     partitions: tuple[Partition, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """Session of a live service. role: ingest | query | segmenter | coordinator. log_full: the log disk of an ingest
     agent is full, so that the agent leads only partitions that no other agent can lead."""
@@ -110,7 +110,7 @@ class Session:
     log_full: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
     """Lease of a partition's leader. status: active | moving | unassigned. unsettled: older ranges that readers wait
     for."""
@@ -155,7 +155,7 @@ class UnreachableAgent:
     since_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
     """State of the cluster. missing_position: position of an event that was seen and does not exist any more, so that
     the metadata has to be restored; 0: none. buffer_failures: the oldest failures. unreachable_agents: agents that a
@@ -181,7 +181,7 @@ class FoundOffset:
     timestamp_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CommittedOffset:
     """Committed position of a group in a partition. offset: the next to read. topic_id: id of the topic in which the
     group committed; its name may belong to another topic by now."""
@@ -197,14 +197,16 @@ class CommittedOffset:
 def topic_of(info: coordinator_pb2.TopicInfo) -> Topic:
     """Returns a topic from the coordinator's message."""
     return Topic(
-        info.topic,
-        info.topic_id.hex(),
-        info.partitions,
-        info.retention_ms if info.HasField("retention_ms") else None,
-        info.retention_bytes if info.HasField("retention_bytes") else None,
-        ACKS_NAMES.get(info.min_acks, "wal"),
-        info.unclean_recovery_after_ms if info.HasField("unclean_recovery_after_ms") else None,
-        info.created_ms,
+        topic=info.topic,
+        topic_id=info.topic_id.hex(),
+        partitions=info.partitions,
+        retention_ms=info.retention_ms if info.HasField("retention_ms") else None,
+        retention_bytes=info.retention_bytes if info.HasField("retention_bytes") else None,
+        min_acks=ACKS_NAMES.get(info.min_acks, "wal"),
+        unclean_recovery_after_ms=info.unclean_recovery_after_ms
+        if info.HasField("unclean_recovery_after_ms")
+        else None,
+        created_ms=info.created_ms,
     )
 
 
@@ -223,58 +225,61 @@ def configs_of(topic: Topic) -> list[TopicConfig]:
 def range_of(info: types_pb2.OffsetRange) -> OffsetRange:
     """Returns an offset range from the coordinator's message."""
     return OffsetRange(
-        info.epoch,
-        info.start_offset,
-        info.limit_offset,
-        info.registered_end,
-        info.end_offset if info.HasField("end_offset") else None,
-        info.status,
-        info.agent_id,
-        info.orphaned_ms,
-        info.acknowledged_end if info.HasField("acknowledged_end") else None,
+        epoch=info.epoch,
+        start_offset=info.start_offset,
+        limit_offset=info.limit_offset,
+        registered_end=info.registered_end,
+        end_offset=info.end_offset if info.HasField("end_offset") else None,
+        status=info.status,
+        agent_id=info.agent_id,
+        orphaned_ms=info.orphaned_ms,
+        acknowledged_end=info.acknowledged_end if info.HasField("acknowledged_end") else None,
     )
 
 
 def partition_of(info: coordinator_pb2.PartitionInfo) -> Partition:
     """Returns a partition from the coordinator's message."""
     return Partition(
-        info.partition,
-        info.leader_agent_id,
-        info.leader_address,
-        info.epoch,
-        info.log_start_offset,
-        info.registered_end,
-        info.segment_count,
-        info.size_bytes,
-        info.raw_bytes,
-        info.record_count,
-        tuple(range_of(part) for part in info.ranges),
-        tuple(LostRecords(span.epoch, span.base_offset, span.end_offset, span.reason) for span in info.lost),
+        partition=info.partition,
+        leader_agent_id=info.leader_agent_id,
+        leader_address=info.leader_address,
+        epoch=info.epoch,
+        log_start_offset=info.log_start_offset,
+        registered_end=info.registered_end,
+        segment_count=info.segment_count,
+        size_bytes=info.size_bytes,
+        raw_bytes=info.raw_bytes,
+        record_count=info.record_count,
+        ranges=tuple(range_of(part) for part in info.ranges),
+        lost=tuple(
+            LostRecords(epoch=span.epoch, base_offset=span.base_offset, end_offset=span.end_offset, reason=span.reason)
+            for span in info.lost
+        ),
     )
 
 
 def session_of(info: coordinator_pb2.SessionInfo) -> Session:
     """Returns a session from the coordinator's message."""
     return Session(
-        info.agent_id,
-        info.role,
-        info.address,
-        info.session_id,
-        info.expires_in_ms,
-        info.started_ms,
-        info.log_full,
+        agent_id=info.agent_id,
+        role=info.role,
+        address=info.address,
+        session_id=info.session_id,
+        expires_in_ms=info.expires_in_ms,
+        started_ms=info.started_ms,
+        log_full=info.log_full,
     )
 
 
 def lease_of(info: coordinator_pb2.LeaseInfo) -> Lease:
     """Returns a lease from the coordinator's message."""
     return Lease(
-        info.topic,
-        info.partition,
-        info.agent_id,
-        info.epoch,
-        info.status,
-        info.log_start_offset,
-        info.registered_end,
-        tuple(range_of(part) for part in info.unsettled),
+        topic=info.topic,
+        partition=info.partition,
+        agent_id=info.agent_id,
+        epoch=info.epoch,
+        status=info.status,
+        log_start_offset=info.log_start_offset,
+        registered_end=info.registered_end,
+        unsettled=tuple(range_of(part) for part in info.unsettled),
     )

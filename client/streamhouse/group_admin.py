@@ -17,7 +17,7 @@ from streamhouse.records import TopicPartition
 ResetTo = Literal["earliest", "latest"] | int | datetime
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """Summary of a consumer group. state: empty | rebalancing | stable."""
 
@@ -28,7 +28,7 @@ class Group:
     committed_partitions: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupMember:
     """A member of a group. assigned: its partitions in the newest generation. owned: partitions that it works on until
     it gives them up."""
@@ -42,7 +42,7 @@ class GroupMember:
     expires_in_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupPosition:
     """Position of a group in a partition. offset None: nothing is committed, so there is no lag.
 
@@ -71,7 +71,7 @@ class GroupDescription:
     positions: tuple[GroupPosition, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OffsetReset:
     """New position of a group in a partition, `offset`. before None: nothing was committed. clamped: the offset asked
     for lies outside of [log_start_offset, end_offset], and `offset` is the nearest inside."""
@@ -87,7 +87,13 @@ class OffsetReset:
 
 def group_of(info: coordinator_pb2.GroupSummary) -> Group:
     """Returns the summary of a group from the coordinator's message."""
-    return Group(info.group, info.state, info.generation, info.members, info.committed_partitions)
+    return Group(
+        group=info.group,
+        state=info.state,
+        generation=info.generation,
+        members=info.members,
+        committed_partitions=info.committed_partitions,
+    )
 
 
 def description_of(info: coordinator_pb2.DescribeGroupResponse, ends: Mapping[TopicPartition, int]) -> GroupDescription:
@@ -101,13 +107,13 @@ def description_of(info: coordinator_pb2.DescribeGroupResponse, ends: Mapping[To
 
 def _member(info: coordinator_pb2.GroupMember) -> GroupMember:
     return GroupMember(
-        info.member_id,
-        info.client_id,
-        tuple(info.topics),
-        _partitions(info.assigned),
-        _partitions(info.owned),
-        info.session_timeout_ms,
-        info.expires_in_ms,
+        member_id=info.member_id,
+        client_id=info.client_id,
+        topics=tuple(info.topics),
+        assigned=_partitions(info.assigned),
+        owned=_partitions(info.owned),
+        session_timeout_ms=info.session_timeout_ms,
+        expires_in_ms=info.expires_in_ms,
     )
 
 
@@ -122,23 +128,31 @@ def _position(info: coordinator_pb2.GroupPartition, end: int | None) -> GroupPos
         position = max(committed, info.log_start_offset)
         lag = lag_behind(position, end, info.newest_start_offset, info.older_records, info.exact)
     return GroupPosition(
-        info.topic,
-        info.partition,
-        info.member_id,
-        committed,
-        info.log_start_offset,
-        end,
-        None if lag is None else lag.records,
-        lag is None or lag.exact,
-        info.metadata,
-        info.committed_ms,
+        topic=info.topic,
+        partition=info.partition,
+        member_id=info.member_id,
+        offset=committed,
+        log_start_offset=info.log_start_offset,
+        end_offset=end,
+        lag=None if lag is None else lag.records,
+        lag_exact=lag is None or lag.exact,
+        metadata=info.metadata,
+        committed_ms=info.committed_ms,
     )
 
 
 def reset_of(where: TopicPartition, before: int | None, wanted: int, log_start: int, end: int) -> OffsetReset:
     """Returns the new position: `wanted`, or the nearest offset that the log has."""
     offset = min(max(wanted, log_start), max(end, log_start))
-    return OffsetReset(where.topic, where.partition, before, offset, log_start, end, offset != wanted)
+    return OffsetReset(
+        topic=where.topic,
+        partition=where.partition,
+        before=before,
+        offset=offset,
+        log_start_offset=log_start,
+        end_offset=end,
+        clamped=offset != wanted,
+    )
 
 
 def topic_ids_of(topic_ids: Mapping[str, str], topics: Collection[str]) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from shproto.v1 import coordinator_pb2
 from shruntime.tasks import cancel_and_wait
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class TopicState:
     """State of a topic. `leaders[partition]` is the leader's address; empty while there is none."""
 
@@ -99,4 +99,10 @@ def _topic_state(metadata: coordinator_pb2.TopicMetadata, fetched_ms: float) -> 
     for leader in metadata.leaders:
         if leader.partition < len(leaders):
             leaders[leader.partition] = leader.address
-    return TopicState(metadata.topic.topic, metadata.topic.topic_id, metadata.topic.min_acks, leaders, fetched_ms)
+    return TopicState(
+        topic=metadata.topic.topic,
+        topic_id=metadata.topic.topic_id,
+        min_acks=metadata.topic.min_acks,
+        leaders=leaders,
+        fetched_ms=fetched_ms,
+    )

@@ -50,7 +50,7 @@ UNSEEN_FAILURES_MAX = 1_000
 _ASK_WHO_LEADS = (NotLeader, ShuttingDown, Unavailable, UnknownTopic, UnknownPartition)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class SendCounts:
     """Counters since the sender was made, under the names of `streamhouse.metrics.ProducerMetrics`."""
 

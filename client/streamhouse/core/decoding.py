@@ -19,7 +19,7 @@ SMALL_BATCH_BYTES = 64 * 1024
 JOINED_BYTES_MAX = 1024 * 1024
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Encoded:
     """Batches that become one portion. decoded_bytes: their size once decoded, by their headers. end_offset, epoch: of
     the last batch."""
@@ -49,7 +49,11 @@ def check_response(cursor: Cursor, encoded: Sequence[bytes], next_offset: int) -
             joined.decoded_bytes += header.decoded_bytes
             joined.end_offset, joined.epoch = header.end_offset, header.epoch
         else:
-            found.append(Encoded([data], header.decoded_bytes, header.end_offset, header.epoch))
+            found.append(
+                Encoded(
+                    batches=[data], decoded_bytes=header.decoded_bytes, end_offset=header.end_offset, epoch=header.epoch
+                )
+            )
         joinable = small
     return found
 

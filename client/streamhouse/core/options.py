@@ -38,7 +38,7 @@ POLL_RECORDS_MAX = 500
 POLL_BATCHES_RECORDS_MAX = 10_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProducerOptions:
     """Options of a producer, within their limits. Raises InvalidArgument with option, limit and value."""
 
@@ -88,7 +88,7 @@ class ProducerOptions:
         _callable("partitioner", self.partitioner)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConsumerOptions:
     """Options of a consumer, within their limits. Raises InvalidArgument with option, limit and value."""
 

@@ -29,7 +29,7 @@ class Position(NamedTuple):
     metadata: str = ""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Cursor:
     """Position in an assigned partition. A seek or a loss of the partition ends the cursor: `live` turns False for
     good.
@@ -67,7 +67,7 @@ class Cursor:
         cls, where: TopicPartition, offset: int, committed: int = -1, end: int | None = None, topic_id: bytes = b""
     ) -> "Cursor":
         """Returns a cursor at `offset`, from which nothing is received yet."""
-        return cls(where, offset, offset, committed=committed, end=end, topic_id=topic_id)
+        return cls(where=where, fetch_offset=offset, delivered=offset, committed=committed, end=end, topic_id=topic_id)
 
     def end_at(self, end: int | None) -> int | None:
         """Returns the end of a read that should stop at `end` (None: nowhere), limited by the cursor's bound."""

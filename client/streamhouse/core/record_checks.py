@@ -59,7 +59,7 @@ def where(indices: Indices) -> Any:
     return slice(indices.start, indices.stop) if isinstance(indices, range) else indices
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RecordColumns:
     """The lists given to `send_many`, checked. `sizes`: int64, shape (n,), bytes each record counts for; `key_sizes`
     the bytes of its key, 0 for null."""
@@ -98,7 +98,14 @@ class RecordColumns:
         if count and int(sizes.max()) > RECORD_BYTES_MAX:
             position = int(np.argmax(sizes))
             raise _too_large(f"record {position}", int(sizes[position]))
-        return cls(own_values, own_keys, _timestamps_of(timestamps_ms, count), own_headers, sizes, key_sizes)
+        return cls(
+            values=own_values,
+            keys=own_keys,
+            timestamps_ms=_timestamps_of(timestamps_ms, count),
+            headers=own_headers,
+            sizes=sizes,
+            key_sizes=key_sizes,
+        )
 
     def key_column(self, start: int, stop: int) -> BytesColumn | None:
         """Returns the keys of records start to stop; None if no list of keys was given."""

@@ -52,7 +52,14 @@ class Agent:
         self._following: asyncio.Task[None] | None = None
         self._stopping = False
         self.tasks = Tasks()
-        self._around = AgentContext(settings, coordinator, clock, self._metrics, self.tasks, self._thread)
+        self._around = AgentContext(
+            settings=settings,
+            coordinator=coordinator,
+            clock=clock,
+            metrics=self._metrics,
+            tasks=self.tasks,
+            thread=self._thread,
+        )
 
     def running(self) -> AgentParts:
         """Returns the parts of the running agent. Raises Unavailable before `start` is done, ShuttingDown after

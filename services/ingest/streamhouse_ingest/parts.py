@@ -34,7 +34,7 @@ from streamhouse_ingest.settings import IngestSettings
 _OBJECT_BYTES_MAX = 256 * MIB
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AgentContext:
     """Settings, clock, clients and metrics that all parts share and no part owns."""
 
@@ -50,7 +50,7 @@ class AgentContext:
         return Backoff(self.settings.retry_first_ms, self.settings.retry_max_ms)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AgentParts:
     """The parts that exist once the log is open."""
 
@@ -99,7 +99,20 @@ def assemble(around: AgentContext, opened: OpenedLog, logs: Logs, address: str) 
     produce = ProduceService(logs, writer, topics, around.clock, settings, around.metrics)
     damage = Damage(logs, opened.reader, sealer, around.metrics, grants.want_all)
     tail = _tail(around, opened, logs, damage)
-    return AgentParts(opened, logs, writer, sealer, session, current, grants, ranges, transfers, trimmer, produce, tail)
+    return AgentParts(
+        opened=opened,
+        logs=logs,
+        writer=writer,
+        sealer=sealer,
+        session=session,
+        current_session=current,
+        grants=grants,
+        ranges=ranges,
+        transfers=transfers,
+        trimmer=trimmer,
+        produce=produce,
+        tail=tail,
+    )
 
 
 def _writer_limits(settings: IngestSettings) -> WriterLimits:

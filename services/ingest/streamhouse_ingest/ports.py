@@ -58,7 +58,7 @@ class WrongIdentity(WalDirectoryError):
     """The directory belongs to another agent, or a file in it to another log."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
     """A stamped batch on its way to the log."""
 
@@ -147,7 +147,7 @@ class LogFiles:
         return await asyncio.get_running_loop().run_in_executor(self.thread, call, *arguments)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedLog:
     """A locked log and the findings of its replay. The owner calls `unlock` once `wal` is closed."""
 

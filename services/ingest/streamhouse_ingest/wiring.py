@@ -83,7 +83,15 @@ def open_log(settings: IngestSettings) -> OpenedLog:
         ahead_bytes=settings.space_ahead_bytes,
     )
     reader = FileBatchReader(directory)
-    return OpenedLog(directory.wal_id, replayed.replay, replayed.index, wal, reader, seen, directory.close)
+    return OpenedLog(
+        wal_id=directory.wal_id,
+        replay=replayed.replay,
+        index=replayed.index,
+        wal=wal,
+        reader=reader,
+        seen=seen,
+        unlock=directory.close,
+    )
 
 
 async def run(settings: IngestSettings) -> None:

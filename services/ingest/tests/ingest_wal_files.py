@@ -21,7 +21,7 @@ OTHER = RangeKey(b"t" * 16, 1, 1)
 
 def frame(base: int, *values: bytes, key: RangeKey = KEY, producer: ProducerStamp | None = None) -> Frame:
     batch = encode_batch(Records.from_lists(list(values)), producer=producer)
-    return Frame(key, base, len(values), stamp_batch(batch, base, key.epoch))
+    return Frame(key=key, base_offset=base, record_count=len(values), batch=stamp_batch(batch, base, key.epoch))
 
 
 def replay(directory: WalDirectory) -> Replayed:

@@ -43,7 +43,9 @@ async def announced(logs: Logs, slices: int) -> list[pb.AnnounceBufferRequest]:
     coordinator: Any = _Announced()
     holder = CurrentSession()
     holder.set("token", "session")
-    limits = SealLimits(1 << 26, 10_000, 20, 1 << 28, 1 << 28)
+    limits = SealLimits(
+        seal_bytes=1 << 26, seal_age_ms=10_000, durable_linger_ms=20, open_bytes_max=1 << 28, object_bytes_max=1 << 28
+    )
     sealer = Sealer(logs, coordinator, holder, SystemClock(), limits, Backoff(1, 1), IngestMetrics(topics_max=1))
     sealer.restart()
     task = asyncio.create_task(sealer.announce())
@@ -88,7 +90,9 @@ async def test_the_number_of_buffers_that_wait_for_registration_stays_small() ->
     coordinator: Any = _Announced()
     holder = CurrentSession()
     holder.set("token", "session")
-    limits = SealLimits(1 << 26, 1_000, 20, 1 << 28, 1 << 28)
+    limits = SealLimits(
+        seal_bytes=1 << 26, seal_age_ms=1_000, durable_linger_ms=20, open_bytes_max=1 << 28, object_bytes_max=1 << 28
+    )
     sealer = Sealer(logs, coordinator, holder, clock, limits, Backoff(1, 1), IngestMetrics(topics_max=1))
     tasks = [asyncio.create_task(sealer.run()), asyncio.create_task(sealer.announce())]
     waiting, largest = 0, 0

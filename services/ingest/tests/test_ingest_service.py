@@ -1324,7 +1324,7 @@ def frame(topic_id: bytes, epoch: int, base_offset: int, producer_id: int) -> Fr
     """Ten records of a producer, of which it is the first or the second ten."""
     stamp = ProducerStamp(producer_id, 0, base_offset // 20 * 10)
     data = stamp_batch(batch(*[b"x"] * 10, stamp=stamp), base_offset, epoch)
-    return Frame(RangeKey(topic_id, 0, epoch), base_offset, 10, data)
+    return Frame(key=RangeKey(topic_id, 0, epoch), base_offset=base_offset, record_count=10, batch=data)
 
 
 async def test_what_was_declared_lost_is_dropped_and_said(

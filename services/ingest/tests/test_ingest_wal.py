@@ -716,7 +716,9 @@ def test_frames_that_hold_no_batch_are_damage_and_the_others_are_not(directory: 
     wal = new_wal(directory)
     frames = [frame(n, b"v") for n in range(11)]
     for n in (0, 4, 5, 10):
-        frames[n] = Frame(KEY, n, 1, frames[n].batch[:24] + b"\x09" + frames[n].batch[25:])
+        frames[n] = Frame(
+            key=KEY, base_offset=n, record_count=1, batch=frames[n].batch[:24] + b"\x09" + frames[n].batch[25:]
+        )
     wal.append(frames)
     wal.close()
     found = replay(directory)

@@ -62,7 +62,7 @@ def new_wal(directory: WalDirectory, next_sequence: int = 1, *, file_bytes: int 
 def plain(base: int, value: bytes, key: RangeKey = KEY) -> Frame:
     """A frame of one record that is stored as it is: zeros stay zeros."""
     batch = encode_batch(Records.from_lists([value]), codec=Codec.NONE)
-    return Frame(key, base, 1, stamp_batch(batch, base, key.epoch))
+    return Frame(key=key, base_offset=base, record_count=1, batch=stamp_batch(batch, base, key.epoch))
 
 
 def killed(directory: WalDirectory, *groups: Sequence[Frame]) -> tuple[Path, list[int]]:

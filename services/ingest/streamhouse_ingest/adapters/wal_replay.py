@@ -45,7 +45,7 @@ FileBytes = mmap.mmap | bytearray
 ScannedItem = WalFrame | DamagedSpan
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
     """Result of a replay: its findings, the files with their end offsets, the sequence number of the next file, and the
     size of the file before that (0 if none)."""
@@ -77,7 +77,12 @@ def replay_directory(directory: WalDirectory, buffer_bytes_max: int) -> Replayed
     # The last file may have been removed above, then its number is used again: a skipped number would be reported as a
     # missing file at the next start.
     next_sequence = max(directory.sequences(), default=sequences[-1] - 1 if sequences else 0) + 1
-    return Replayed(files.replay, files.index, next_sequence, files.index.size_of(next_sequence - 1))
+    return Replayed(
+        replay=files.replay,
+        index=files.index,
+        next_sequence=next_sequence,
+        previous_size_bytes=files.index.size_of(next_sequence - 1),
+    )
 
 
 class _Files:

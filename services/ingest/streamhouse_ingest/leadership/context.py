@@ -22,7 +22,7 @@ class Identity:
     address: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeadershipContext:
     """The agent, its coordinator and its session. `backoff` makes the waits of a series of tries."""
 

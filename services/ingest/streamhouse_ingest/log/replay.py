@@ -23,7 +23,7 @@ _Written = tuple[ProducerStamp, int, int, int]
 _WRITTEN_MAX = 2 * BATCHES_REMEMBERED
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Damage:
     """Bytes of a file that are no valid frames, or a whole file (size_bytes 0) that is missing or empty."""
 
@@ -54,7 +54,7 @@ class ReplayGaps:
 NO_GAPS = ReplayGaps()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class ReplayedLog:
     """Findings about a log. `end_offset`: end of its last frame, damaged frames included. `written`: the last batches
     of the partition by producer id (producers outlive epochs). `hidings_before`: number of damages that may hide
@@ -67,7 +67,7 @@ class ReplayedLog:
     buffers: list[Buffer] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """Frames of a log in a single file, as columns, in the order in which they were written. `ats`, `sizes_bytes`: byte
     positions and sizes of the batches. `producer_ids`: 0 for a batch without a producer."""
@@ -103,9 +103,24 @@ def runs_of(frames: Sequence[WalFrame], headers: HeaderColumns) -> Iterator[tupl
     base_offsets = [frame.base_offset for frame in frames]
     ats = [frame.batch_at for frame in frames]
     sizes_bytes = [frame.batch_size_bytes for frame in frames]
-    columns = (base_offsets, headers.record_counts, ats, sizes_bytes, *headers[1:])
     for key, places in _places_of(frames):
-        yield key, Run(*(list(map(column.__getitem__, places)) for column in columns))
+        yield (
+            key,
+            Run(
+                base_offsets=_at(places, base_offsets),
+                record_counts=_at(places, headers.record_counts),
+                ats=_at(places, ats),
+                sizes_bytes=_at(places, sizes_bytes),
+                producer_ids=_at(places, headers.producer_ids),
+                producer_epochs=_at(places, headers.producer_epochs),
+                base_sequences=_at(places, headers.base_sequences),
+            ),
+        )
+
+
+def _at(places: Sequence[int], column: Sequence[int]) -> list[int]:
+    """Returns the entries of the column at these places."""
+    return list(map(column.__getitem__, places))
 
 
 def _places_of(frames: Sequence[WalFrame]) -> list[tuple[RangeKey, list[int]]]:
@@ -186,7 +201,7 @@ class Replay:
 
     def damaged(self, file: int, at: int, size_bytes: int, reason: str, *, hides: bool = False) -> None:
         """Adds damage. `hides`: the damaged bytes may have held frames of any log."""
-        self.damage.append(Damage(file, at, size_bytes, reason))
+        self.damage.append(Damage(file=file, at=at, size_bytes=size_bytes, reason=reason))
         if hides:
             self._hidings += 1
 
@@ -207,7 +222,7 @@ class Replay:
     def _begin(self, key: RangeKey, base_offset: int) -> ReplayedLog:
         """Returns a new log that starts at `base_offset`; the coordinator knows the real start."""
         written = self._written.setdefault(key.partition_key, {})
-        log = self.logs[key] = ReplayedLog(base_offset, base_offset, written)
+        log = self.logs[key] = ReplayedLog(first_offset=base_offset, end_offset=base_offset, written=written)
         return log
 
 

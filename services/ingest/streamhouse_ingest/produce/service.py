@@ -42,7 +42,7 @@ tracer = trace.get_tracer("streamhouse.ingest")
 _ASK_AGAIN_MS = 500
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
     """A request whose batch is queued; `answer_by_ms` is on the monotonic clock. The request itself is not held: its
     copy of the batch would stay in memory until the answer, for seconds with `durable` acks."""
@@ -115,7 +115,17 @@ class ProduceService:
             span.end()
             raise
         answer_by_ms = self._clock.monotonic_ms() + timeout_ms
-        return Accepted(request.topic, request.partition, held, header, acks, timeout_ms, answer_by_ms, written, span)
+        return Accepted(
+            topic=request.topic,
+            partition=request.partition,
+            held=held,
+            header=header,
+            acks=acks,
+            timeout_ms=timeout_ms,
+            answer_by_ms=answer_by_ms,
+            written=written,
+            span=span,
+        )
 
     async def _leading(self, request: pb.ProduceRequest) -> HeldLog:
         """Returns the log that the batch is for. Raises NotLeader, UnknownTopic, UnknownPartition, InvalidArgument.

@@ -36,7 +36,7 @@ _QUEUE_RETRY_MS = 20  # the queue drains a group every few milliseconds
 _WAL_RETRY_MS = 1000  # space becomes free when a segment is registered, once per sealed buffer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
     """The log has the batch at [base_offset, end_offset); for a duplicate, the offsets of the original."""
 
@@ -77,7 +77,7 @@ class Append:
 Decided = tuple[Append, Decision, Frame | None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WriterLimits:
     """Limits of queue, group and log. `wal_ahead_bytes`: space written ahead in the file that is appended to."""
 
@@ -228,7 +228,7 @@ class Writer:
             if isinstance(decision, BatchAppended):
                 key = append.held.log.key
                 batch = stamp_batch(append.batch, decision.base_offset, key.epoch)
-                frame = Frame(key, decision.base_offset, header.record_count, batch)
+                frame = Frame(key=key, base_offset=decision.base_offset, record_count=header.record_count, batch=batch)
             decided.append((append, decision, frame))
         return decided
 
@@ -285,10 +285,20 @@ class Writer:
     def _answer(self, append: Append, decision: Decision) -> Written | StreamHouseError:
         count = append.header.record_count
         if isinstance(decision, BatchAppended):
-            return Written(append.held, decision.base_offset, decision.base_offset + count, duplicate=False)
+            return Written(
+                held=append.held,
+                base_offset=decision.base_offset,
+                end_offset=decision.base_offset + count,
+                duplicate=False,
+            )
         if isinstance(decision, DuplicateOf):
             self._metrics.duplicates.add(1)
-            return Written(append.held, decision.base_offset, decision.base_offset + count, duplicate=True)
+            return Written(
+                held=append.held,
+                base_offset=decision.base_offset,
+                end_offset=decision.base_offset + count,
+                duplicate=True,
+            )
         return refusal(append.held, append.header.producer, decision)
 
     def _fail(self, group: list[Append], error: StreamHouseError) -> None:

@@ -232,7 +232,11 @@ def _candidate(held: HeldLog) -> Candidate:
     buffer = held.log.open
     assert buffer is not None, "dirty means that there is an open buffer"
     return Candidate(
-        held.log.key, buffer.size_bytes, buffer.first_append_ms, held.durable_since_ms, must=held.must_seal
+        key=held.log.key,
+        size_bytes=buffer.size_bytes,
+        first_append_ms=buffer.first_append_ms,
+        durable_since_ms=held.durable_since_ms,
+        must=held.must_seal,
     )
 
 

@@ -13,7 +13,7 @@ DOUBLINGS_MAX = 8
 STRETCHED_AGE_MS_MAX = 60_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SealLimits:
     """Limits at which buffers are sealed. seal_bytes: size of a single buffer. open_bytes_max: size of all open buffers
     together. object_bytes_max: size of an announcement, because a segmenter builds its object in memory."""
@@ -25,7 +25,7 @@ class SealLimits:
     object_bytes_max: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """A buffer that is not empty. durable_since_ms: start of the oldest wait of a durable ack for this buffer."""
 
