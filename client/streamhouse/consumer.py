@@ -169,7 +169,6 @@ class Consumer(AsyncContext, AsyncIteration):
         self._starts = 0  # number of calls that wait for the partitions to be open
         self._start_positions = StartPositions(
             self._options,
-            self._metadata,
             self._offsets,
             self._reader,
             self._store_starts,
@@ -188,12 +187,11 @@ class Consumer(AsyncContext, AsyncIteration):
         self._iteration = Iteration(
             self._reader,
             self._offsets,
-            self._options.stop_at_end,
+            self._options,
             self._is_opening,
             self._advance,
             received=self._tracing.received,
             is_interrupted=lambda: self._assignments.is_due,
-            is_bounded=self._options.end is not None,
         )
         self._next = self._iteration.next if self._deserializers is None else self._next_deserialized
         self._in_flight = self._iteration.in_flight

@@ -19,6 +19,7 @@ from itertools import islice
 import numpy as np
 
 from streamhouse.core.in_flight import InFlight, Worker
+from streamhouse.core.options import ConsumerOptions
 from streamhouse.core.positions import ROWS_FIRST, ROWS_MAX, Cursor, Portion
 from streamhouse.loop_turns import TURN_S, let_loop_run
 from streamhouse.offsets import Offsets
@@ -50,18 +51,17 @@ class Iteration:
         self,
         reader: Reader,
         offsets: Offsets,
-        stop_at_end: bool,
+        options: ConsumerOptions,
         opening: Callable[[], bool],
         more: Callable[[Worker], Awaitable[bool]],
         *,
         received: Callable[[RecordBatch], None],
         is_interrupted: Callable[[], bool] = lambda: False,
-        is_bounded: bool = False,
     ) -> None:
         self._reader = reader
         self._offsets = offsets
-        self._stop_at_end = stop_at_end
-        self._is_bounded = is_bounded or stop_at_end
+        self._stop_at_end = options.stop_at_end
+        self._is_bounded = options.stop_at_end or options.end is not None
         self._opening = opening
         self._more = more
         self._received = received

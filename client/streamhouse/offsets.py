@@ -1,6 +1,6 @@
 """Offsets as a consumer asks for them: start and end of partitions, committed positions of its group, lag."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from shcluster.peers import Peers
 from shproto.errors import Unavailable, UnknownGroup
@@ -36,6 +36,13 @@ class Offsets:
         self._peers = peers
         self._metadata = metadata
         self._group = group
+
+    async def current_topic_ids(self, partitions: Collection[TopicPartition]) -> dict[TopicPartition, bytes]:
+        """Returns by partition the topic id that the coordinator has now: a query service may still know a deleted
+        topic of the same name. Raises UnknownTopic, Unavailable."""
+        for topic in {where.topic for where in partitions}:
+            await self._metadata.refresh(topic)
+        return {where: (await self._metadata.topic(where.topic)).topic_id for where in partitions}
 
     async def look_up(self, at: Place, partitions: Mapping[TopicPartition, bytes]) -> dict[TopicPartition, int]:
         """Returns the offset of `at` in each of the partitions. `partitions`: by partition the id of its topic; empty:

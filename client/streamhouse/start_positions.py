@@ -7,7 +7,7 @@ meanwhile.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from shproto.errors import IllegalGeneration, StreamHouseError, UnknownMember, UnknownTopic
 from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
@@ -15,7 +15,6 @@ from shruntime.tasks import Backoff
 
 from streamhouse.core.options import ConsumerOptions, LastRecords
 from streamhouse.core.positions import Cursor, Position
-from streamhouse.metadata import MetadataCache
 from streamhouse.offsets import Offsets
 from streamhouse.reader import Reader
 from streamhouse.records import TopicPartition
@@ -37,7 +36,6 @@ class StartPositions:
     def __init__(
         self,
         options: ConsumerOptions,
-        metadata: MetadataCache,
         offsets: Offsets,
         reader: Reader,
         store: Callable[[Mapping[TopicPartition, Position]], Awaitable[None]],
@@ -47,7 +45,6 @@ class StartPositions:
         topic_unknown: Callable[[], None],
     ) -> None:
         self._options = options
-        self._metadata = metadata
         self._offsets = offsets
         self._reader = reader
         self._store = store
@@ -158,7 +155,7 @@ class StartPositions:
     async def _find(self, partitions: Sequence[TopicPartition]) -> list[Cursor]:
         """Returns a cursor of each partition at its start position, with the end of a bounded read. Raises
         UnknownTopic, Unavailable."""
-        topic_ids = await self._current_topic_ids(partitions)
+        topic_ids = await self._offsets.current_topic_ids(partitions)
         found = await self._offsets.committed(topic_ids)
         committed = {where: at.offset for where, at in found.items()}
         fresh = {where: topic_ids[where] for where in partitions if where not in committed}
@@ -187,13 +184,6 @@ class StartPositions:
         if end is None:
             return {}
         return dict.fromkeys(topic_ids, end) if isinstance(end, int) else await self._offsets.look_up(end, topic_ids)
-
-    async def _current_topic_ids(self, partitions: Collection[TopicPartition]) -> dict[TopicPartition, bytes]:
-        """Returns the topic ids that the coordinator has now: a query service may still know a deleted topic of the
-        same name."""
-        for topic in {where.topic for where in partitions}:
-            await self._metadata.refresh(topic)
-        return {where: (await self._metadata.topic(where.topic)).topic_id for where in partitions}
 
 
 def _names(partitions: Iterable[TopicPartition]) -> str:

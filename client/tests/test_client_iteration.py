@@ -25,10 +25,11 @@ class Hands:
     """An iteration over a reader without a stream, and a clock that only the application moves."""
 
     def __init__(self, partitions: int = 1, *, stop_at_end: bool = False) -> None:
-        self.reader = Reader(ConsumerOptions(), None, None, None, None)  # type: ignore[arg-type]
+        options = ConsumerOptions(stop_at_end=stop_at_end)
+        self.reader = Reader(options, None, None, None, None)  # type: ignore[arg-type]
         self.received = []
         self.iteration = Iteration(  # type: ignore[arg-type]
-            self.reader, None, stop_at_end, lambda: False, self._more, received=self.received.append
+            self.reader, None, options, lambda: False, self._more, received=self.received.append
         )
         self.now_s = 100.0
         self.iteration._clock = lambda: self.now_s
