@@ -606,6 +606,7 @@ async def test_retries_within_one_group_are_written_once(tmp_path: Path, world: 
 # ---- durable acks
 
 
+@pytest.mark.usefixtures("no_time_passes")
 async def test_a_durable_ack_in_vain_leaves_the_record_and_a_retry_finds_it(
     tmp_path: Path, world: World, orders: bytes
 ):
