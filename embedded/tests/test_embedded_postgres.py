@@ -96,7 +96,7 @@ def tool(name: str, data_dir: Path, *arguments: str) -> None:
 
 
 async def until_gone(pid: int) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while is_alive(pid):
             await asyncio.sleep(0.02)
 
@@ -483,7 +483,7 @@ async def leave_killed(data_dir: Path) -> None:
     arguments = ["-D", str(data_dir), "-c", "listen_addresses=", "-c", f"unix_socket_directories={data_dir}"]
     command = user.command(find_bin_dir() / "postgres", arguments)
     server = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not (data_dir / ".s.PGSQL.5432.lock").exists():
             await asyncio.sleep(0.02)
     server.kill()

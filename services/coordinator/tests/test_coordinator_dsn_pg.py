@@ -27,7 +27,7 @@ def by_password(tcp_dsn: str) -> str:
 
 
 async def waits_saying(caplog: pytest.LogCaptureFixture, text: str) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while text not in caplog.text:
             await asyncio.sleep(0.02)
 
@@ -65,7 +65,7 @@ async def test_a_wrong_password_is_said_and_tried_again(
     connection = await asyncpg.connect(by_password)
     await connection.execute("ALTER USER postgres PASSWORD 'not-the-password'")
     await connection.close()
-    await asyncio.wait_for(start, 20)
+    await asyncio.wait_for(start, 60)
     assert "not-the-password" not in caplog.text
     await service.stop()
 
@@ -103,7 +103,7 @@ async def test_a_database_that_is_made_later_is_waited_for(
     connection = await asyncpg.connect(by_password)
     await connection.execute("CREATE DATABASE later")
     await connection.close()
-    await asyncio.wait_for(start, 20)
+    await asyncio.wait_for(start, 60)
     await service.stop()
 
 
@@ -118,7 +118,7 @@ async def test_a_user_that_is_granted_later_is_waited_for(
     await waits_saying(caplog, "PostgreSQL refuses us: permission denied for schema public")
     await connection.execute("GRANT ALL ON SCHEMA public TO streamhouse")
     await connection.close()
-    await asyncio.wait_for(start, 20)
+    await asyncio.wait_for(start, 60)
     await service.stop()
 
 
@@ -140,7 +140,7 @@ async def test_a_server_that_is_silent_leaves_time_for_the_next(by_password: str
     async with silent_server() as silent:
         place = urlsplit(by_password).netloc.rpartition("@")[2]
         service = build(fast(by_password.replace(place, f"{silent},{place}"), pg_timeout_ms=1_000))
-        await asyncio.wait_for(service.start(), 20)
+        await asyncio.wait_for(service.start(), 60)
         await service.stop()
 
 

@@ -21,7 +21,7 @@ REMOVE_LAST = """WITH head AS (UPDATE event_position SET position = position - 1
 
 async def noticed(change_rows: ChangeRows, api: CoordinatorApi) -> None:
     """Everything that happens brings the feed to read."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         number = 0
         while await change_rows("UPDATE forks SET noticed_ms = noticed_ms") == "UPDATE 0":
             await api.create_topic(pb.CreateTopicRequest(topic=f"t{number}", partitions=1))
@@ -30,7 +30,7 @@ async def noticed(change_rows: ChangeRows, api: CoordinatorApi) -> None:
 
 
 async def read_all(coordinator: CoordinatorService, api: CoordinatorApi) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while coordinator.feed.position != (await api.get_head(pb.GetHeadRequest())).events_position:
             await asyncio.sleep(0.01)
 

@@ -283,8 +283,8 @@ async def test_a_member_may_read_no_topic_yet(api: CoordinatorApi) -> None:
 
 
 async def test_a_heartbeat_without_news_waits_and_keeps_the_member_alive(api: CoordinatorApi) -> None:
-    one = await Member(api).join(session_timeout_ms=600)
-    for _ in range(4):  # each one waits half the session timeout, so that the fourth ends beyond it
+    one = await Member(api).join(session_timeout_ms=6_000)
+    for _ in range(3):  # each one waits half the session timeout, so that the third ends beyond it
         await one.heartbeat(max_wait_ms=60_000)
     assert one.numbers == [0, 1, 2, 3]
 

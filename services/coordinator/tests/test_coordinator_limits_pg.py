@@ -94,7 +94,7 @@ async def test_a_transaction_whose_coordinator_says_nothing_is_ended(
     two_coordinators: tuple[CoordinatorService, CoordinatorService], dsn: str, fast: Settings
 ) -> None:
     """As one that is frozen between two statements, holding the position that all others wait for."""
-    frozen = build(fast(dsn, pg_transaction_idle_ms=300))
+    frozen = build(fast(dsn, pg_transaction_idle_ms=2_000))
     await frozen.start()
     holds = asyncio.Event()
 

@@ -247,7 +247,7 @@ async def test_the_same_by_policy_also_of_the_buffers(
     for grant in await agent.grants():
         await agent.announce((grant, 0, 10))
     await agent.close()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not (lost := await all_events(api, "RangeLost")):
             await asyncio.sleep(0.02)
     assert json.loads(lost[0].payload_json)["why"] == "unclean_recovery_after_ms"

@@ -129,7 +129,9 @@ def describing(answer: str | BaseException, timeout_ms: int = 10) -> Probe:
             await asyncio.sleep(3600)
         return ingest_pb2.DescribeAgentResponse(session_id=answer)
 
-    settings = CoordinatorSettings.load({}, pg_dsn="postgresql://nowhere/none", probe_timeout_ms=timeout_ms)
+    settings = CoordinatorSettings.load(
+        {}, pg_dsn="postgresql://nowhere/none", probe_timeout_ms=timeout_ms, rpc_timeout_ms=60_000
+    )
     return Probe(Context(store=BusyStore(SystemClock()), settings=settings), Tasks(), describe)
 
 
@@ -154,7 +156,7 @@ async def test_a_worker_holds_its_session_while_it_listens() -> None:
     session = t.SessionRow(
         session_id=SESSION, agent_id="w", role=SEGMENTER, address=await machine.listen(), wal_id="", started_ms=0
     )
-    probe = describing(AssertionError("workers are not asked"), timeout_ms=2_000)
+    probe = describing(AssertionError("workers are not asked"), timeout_ms=30_000)
     try:
         assert await probe.holds(session)
     finally:

@@ -100,7 +100,7 @@ async def test_who_holds_what_the_platform_waits_for_is_served_as_the_platform_i
 
 async def test_turns_with_different_locks_do_not_wait_for_each_other() -> None:
     turns = LockQueues(WaitingCalls(100), 100)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await asyncio.gather(*(turns.take(f"group/{nth}", Call(urgent=False)) for nth in range(50)))
 
 

@@ -49,7 +49,7 @@ async def announced(logs: Logs, slices: int) -> list[pb.AnnounceBufferRequest]:
     sealer = Sealer(logs, coordinator, holder, SystemClock(), limits, Backoff(1, 1), IngestMetrics(topics_max=1))
     sealer.restart()
     task = asyncio.create_task(sealer.announce())
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while sum(len(request.slices) for request in coordinator.requests) < slices:
             await asyncio.sleep(0.001)
     task.cancel()

@@ -80,7 +80,7 @@ async def test_a_session_that_is_lost_while_the_agent_stops_is_not_opened_again(
     await held.waiting.wait()
     held.gate.set()
     following.cancel()
-    await asyncio.wait([following], timeout=10)
+    await asyncio.wait([following], timeout=60)
     assert following.cancelled()
     assert world.coordinator.calls["open_session"] == 1 and running_of_session() == []
     await kill(service)
@@ -102,7 +102,7 @@ async def test_what_ends_the_agent_is_raised_alone(
 
     monkeypatch.setattr(WalDirectory, "note_history", fail)
     await world.create_topic()
-    await asyncio.wait([following], timeout=10)
+    await asyncio.wait([following], timeout=60)
     assert isinstance(service.tasks.error, OSError) and service.tasks.error.errno == errno.EIO
     assert running_of_session() == []
     await kill(service)

@@ -20,8 +20,7 @@ from streamhouse_query.wiring import QueryService
 from services.query.tests.query_world import World, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import fetch, one_partition, read_all, settle_in
-
-pytestmark = pytest.mark.timeout(30)
+from tests.platform.virtual_time import virtual_time
 
 CHUNK = 64 * 1024
 
@@ -67,11 +66,12 @@ async def test_fifty_readers_of_a_slow_store_cost_one_download(platform: World, 
     await segment_of(platform, 1_000)
     slow = FaultyStore(platform.store, ScriptedFaults([Fault(FaultKind.LATENCY, 150)] * 100))
     service = await start_query(store=slow)
-    readers = [asyncio.create_task(fetch(service, n * 20, max_bytes=1 << 20)) for n in range(50)]
-    await asyncio.sleep(0.02)
-    for reader in readers[:20]:
-        reader.cancel()  # including the one that started the download
-    results = await asyncio.gather(*readers, return_exceptions=True)
+    with virtual_time():
+        readers = [asyncio.create_task(fetch(service, n * 20, max_bytes=1 << 20)) for n in range(50)]
+        await asyncio.sleep(0.02)
+        for reader in readers[:20]:
+            reader.cancel()  # including the one that started the download
+        results = await asyncio.gather(*readers, return_exceptions=True)
     assert all(isinstance(result, asyncio.CancelledError) for result in results[:20])
     assert all(isinstance(result, query_pb2.FetchResponse) and result.batches for result in results[20:])
     assert service.api._counters.downloads == 1

@@ -19,12 +19,10 @@ from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import fetch, one_partition, read_all, settle_in
 from services.query.tests.test_query_lookups import latest
 
-pytestmark = pytest.mark.timeout(30)
-
 
 async def eventually(condition: "object") -> None:
     assert callable(condition)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -213,7 +211,7 @@ async def test_start_waits_for_a_coordinator(platform: World, start_query: Start
     done, _ = await asyncio.wait([starting], timeout=0.3)
     assert not done
     platform.coordinator.down = False
-    service = await asyncio.wait_for(starting, 10)
+    service = await asyncio.wait_for(starting, 60)
     assert (await fetch(service, 0)).next_offset == 1
 
 

@@ -11,8 +11,6 @@ from services.query.tests.query_world import RANGE_WIDTH, World, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import one_partition, settle_in
 
-pytestmark = pytest.mark.timeout(30)
-
 
 async def look_up(service: QueryService, spec: int, timestamp_ms: int = 0) -> tuple[int, int]:
     lookup = query_pb2.OffsetLookup(topic="orders", spec=spec, timestamp_ms=timestamp_ms)  # type: ignore[arg-type]

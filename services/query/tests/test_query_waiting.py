@@ -19,8 +19,6 @@ from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import fetch, one_partition, read_all, settle_in
 from tests.platform.virtual_time import virtual_time
 
-pytestmark = pytest.mark.timeout(30)
-
 
 @pytest.fixture(autouse=True)
 async def no_time_passes() -> AsyncIterator[None]:
