@@ -107,7 +107,14 @@ async def _mark_history(store: ObjectStore, last: EventRow) -> None:
     from streamhouse_segmenter.core.history import MARK_KEY, RESTORE_GRACE_MS, HistoryMark
 
     from_ms = time.time_ns() // 1_000_000 + RESTORE_GRACE_MS
-    mark = HistoryMark(last.position, last.stream_id, last.version, last.type, last.created_ms, from_ms)
+    mark = HistoryMark(
+        position=last.position,
+        stream_id=last.stream_id,
+        version=last.version,
+        type=last.type,
+        created_ms=last.created_ms,
+        sweep_from_ms=from_ms,
+    )
     await store.put(MARK_KEY, [mark.encode()], if_absent=False)
 
 

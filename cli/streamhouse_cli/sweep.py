@@ -153,7 +153,7 @@ async def _run(place: Place, dry_run: bool) -> tuple[SweepReport, Found]:
     try:
         await store.check()
         await peers.coordinator.get_status(coordinator_pb2.GetStatusRequest())  # a sweep of an empty store asks nothing
-        sweeper = Sweeper(Ports(peers.coordinator, store, peers.ingest), settings)
+        sweeper = Sweeper(Ports(coordinator=peers.coordinator, store=store, ingest_at=peers.ingest), settings)
         return await sweeper.run(place.prefix, found.add), found
     finally:
         await peers.close()

@@ -95,7 +95,9 @@ async def _verify(
                 peers.coordinator, store, topic=topic, grace_ms=grace_ms, started=started, progress=progress
             )
             report = await verifier.run()
-        history = await Sweeper(Ports(peers.coordinator, store, peers.ingest), settings).check_history()
+        history = await Sweeper(
+            Ports(coordinator=peers.coordinator, store=store, ingest_at=peers.ingest), settings
+        ).check_history()
         if history.unreadable:
             report.findings.insert(0, Finding("damaged", history.refused))
         elif history.refused:

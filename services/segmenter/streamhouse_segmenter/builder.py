@@ -27,7 +27,7 @@ class BuildTooLarge(Exception):
     """The agent sends more than a build may hold (segment_build_bytes_max)."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class BuiltObject:
     """An object ready to be put: its bytes in order, and the position of each segment."""
 
@@ -79,7 +79,7 @@ class ObjectBuilder:
 
         Raises SliceMismatch, FormatError (a damaged batch), BuildTooLarge, and StreamHouseError from the agent.
         """
-        target = BuiltObject(key)
+        target = BuiltObject(key=key)
         agent = self._ports.ingest_at(self._claim.address)
         for slice_ in slices:
             room_bytes = self._settings.segment_build_bytes_max - target.size_bytes

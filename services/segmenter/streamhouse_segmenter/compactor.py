@@ -117,7 +117,7 @@ class Compactor:
             built.info.epoch,
             self._ports.new_uuid().hex,
         )
-        target = BuiltObject(key)
+        target = BuiltObject(key=key)
         target.append(first.topic, str(self._ports.new_uuid()), built)
         await declare_uploads(self._ports, self._settings, claim.claim_id, [key])
         await self._ports.store.put(target.key, target.parts)

@@ -19,7 +19,7 @@ from streamhouse_segmenter.settings import SegmenterSettings
 from streamhouse_segmenter.store_probe import StoreProbe
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class DrainReport:
     """Buffers by outcome, and the shortest time after which to look again, beside the periodic scan (None: none)."""
 

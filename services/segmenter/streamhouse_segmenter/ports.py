@@ -11,7 +11,7 @@ from shruntime.clock import Clock, SystemClock
 from shstore import ObjectStore
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ports:
     """Peers, store, time and chance. `ingest_at` returns the API of the agent at an address; `agents` knows the
     agents that do not answer."""

@@ -54,7 +54,7 @@ class HistoryCheck:
     unreadable: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class SweepReport:
     """Result of a sweep.
 

@@ -25,7 +25,7 @@ from streamhouse_segmenter.settings import SegmenterSettings
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class SegmenterService:
     """A segmenter and its drivers. `stop` finishes claimed work."""
 
@@ -72,12 +72,17 @@ def build(
 ) -> SegmenterService:
     """Returns a segmenter over these peers, woken by the coordinator's feed; `ingest_at(address)` returns an agent's
     API."""
-    ports = Ports(coordinator, _retrying(store, settings), ingest_at, clock or SystemClock())
+    ports = Ports(
+        coordinator=coordinator,
+        store=_retrying(store, settings),
+        ingest_at=ingest_at,
+        clock=clock or SystemClock(),
+    )
     worker_id = settings.worker_id or f"{socket.gethostname()}-{os.getpid()}"
     session = SessionKeeper(ports.coordinator, ports.clock, ports.agents, role="segmenter", agent_id=worker_id)
     segmenter = Segmenter(ports, settings, worker_id, session.may_work)
     worker = LoopWorker(segmenter, settings, ports)
-    return SegmenterService(segmenter, ports, worker, session, Tasks())
+    return SegmenterService(api=segmenter, ports=ports, worker=worker, session=session, tasks=Tasks())
 
 
 def _retrying(store: ObjectStore, settings: SegmenterSettings) -> ObjectStore:
@@ -86,7 +91,7 @@ def _retrying(store: ObjectStore, settings: SegmenterSettings) -> ObjectStore:
     return RetryingStore(store, RetryPolicy(deadline_ms=max(1, settings.s3_attempts_deadline_ms)))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Process:
     """The segmenter as its own process: with a session, and woken by RabbitMQ if there is one."""
 
@@ -130,6 +135,6 @@ async def run(settings: SegmenterSettings) -> None:
         context.close_at_end(peers.close)
         segmenter = build(settings, peers.coordinator, store, peers.ingest)
         segmenter.follow_feed = not settings.amqp_url
-        return _Process(segmenter, settings)
+        return _Process(segmenter=segmenter, settings=settings)
 
     await service.run(settings, over_network, call_grace_ms=0)

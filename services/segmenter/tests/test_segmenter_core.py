@@ -187,7 +187,10 @@ def test_orphans_are_what_the_coordinator_says() -> None:
     )
     judged = judge([object_of(key, 7) for key in "abcd"], answer)
     assert judged.declared == 1
-    assert judged.orphans == [Orphan("c", 10, 7, 100, 0, "", False), Orphan("d", 10, 7, 40, 30, "w", True)]
+    assert judged.orphans == [
+        Orphan(key="c", size_bytes=10, modified_ms=7, since_ms=100, declared_ms=0, worker_id="", deletable=False),
+        Orphan(key="d", size_bytes=10, modified_ms=7, since_ms=40, declared_ms=30, worker_id="w", deletable=True),
+    ]
     assert "no segment" in judged.orphans[0].why and "never registered" in judged.orphans[1].why
 
 
@@ -225,12 +228,14 @@ def test_settings_that_would_not_work_together_are_refused(changes: dict[str, in
 
 
 def test_a_mark_survives_its_encoding() -> None:
-    mark = HistoryMark(7, "topic/ab", 2, "TopicCreated", 1234)
+    mark = HistoryMark(position=7, stream_id="topic/ab", version=2, type="TopicCreated", created_ms=1234)
     assert HistoryMark.decode(mark.encode()) == (mark, True)
 
 
 def test_a_mark_is_the_bytes_that_its_page_describes() -> None:
-    mark = HistoryMark(7, "topic/ab", 2, "TopicCreated", 1234, 99)
+    mark = HistoryMark(
+        position=7, stream_id="topic/ab", version=2, type="TopicCreated", created_ms=1234, sweep_from_ms=99
+    )
     fields = b'"position": 7, "stream_id": "topic/ab", "version": 2, "type": "TopicCreated", "created_ms": 1234'
     old = b"{" + fields + b', "sweep_from_ms": 99}'
     assert mark.encode() == old[:-1] + b', "crc32": %d}' % zlib.crc32(old)
@@ -239,7 +244,14 @@ def test_a_mark_is_the_bytes_that_its_page_describes() -> None:
 
 
 def test_no_flipped_bit_of_a_mark_is_overlooked() -> None:
-    mark = HistoryMark(7, "topic/ab", 2, "TopicCreated", 1234, 1_790_000_000_000)
+    mark = HistoryMark(
+        position=7,
+        stream_id="topic/ab",
+        version=2,
+        type="TopicCreated",
+        created_ms=1234,
+        sweep_from_ms=1_790_000_000_000,
+    )
     body = mark.encode()
     for at in range(8 * len(body)):
         flipped = bytearray(body)
@@ -273,7 +285,7 @@ def test_a_damaged_mark_is_refused(body: bytes) -> None:
 
 
 def test_another_history_is_noticed() -> None:
-    mark = HistoryMark(7, "topic/ab", 2, "TopicCreated", 1234)
+    mark = HistoryMark(position=7, stream_id="topic/ab", version=2, type="TopicCreated", created_ms=1234)
     head = c.GetHeadResponse(events_position=5, history_id="h2")
     assert went_back(mark, mark, head) == ""
     assert went_back(dataclasses.replace(mark, sweep_from_ms=9), mark, head) == ""

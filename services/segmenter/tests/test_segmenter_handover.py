@@ -107,7 +107,13 @@ def segmenter_of(
     store = world.store if store is None else store
     if crash is not None:
         coordinator, agent, store = (Crashing(port, crash) for port in (coordinator, agent, store))
-    ports = Ports(coordinator, store, lambda address: agent, SystemClock(), random.Random(name))
+    ports = Ports(
+        coordinator=coordinator,
+        store=store,
+        ingest_at=lambda address: agent,
+        clock=SystemClock(),
+        rng=random.Random(name),
+    )
     return Segmenter(ports, SETTINGS.model_copy(update=overrides), name)
 
 

@@ -55,7 +55,11 @@ class House(World):
 
     def segmenter(self, *, store: Any = None, clock: Any = None, **overrides: Any) -> Segmenter:
         ports = Ports(
-            self.coordinator, store or self.store, lambda address: self.agent, clock or SystemClock(), self.rng
+            coordinator=self.coordinator,
+            store=store or self.store,
+            ingest_at=lambda address: self.agent,
+            clock=clock or SystemClock(),
+            rng=self.rng,
         )
         return Segmenter(ports, self.settings.model_copy(update=overrides), "w1")
 

@@ -18,7 +18,7 @@ RESTORE_GRACE_MS = 7 * 24 * 3_600_000
 _CHECKSUM = "crc32"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryMark:
     """An event of the control plane, by the fields that identify it.
 
@@ -36,7 +36,13 @@ class HistoryMark:
     @classmethod
     def of(cls, event: coordinator_pb2.Event) -> "HistoryMark":
         """Returns the mark that names this event."""
-        return cls(event.position, event.stream_id, event.version, event.type, event.created_ms)
+        return cls(
+            position=event.position,
+            stream_id=event.stream_id,
+            version=event.version,
+            type=event.type,
+            created_ms=event.created_ms,
+        )
 
     def describe(self) -> str:
         """Returns the event as text for people, without the position."""
@@ -71,7 +77,7 @@ class HistoryMark:
         return mark, checksum is not None
 
 
-NO_MARK = HistoryMark(0, "", 0, "", 0)
+NO_MARK = HistoryMark(position=0, stream_id="", version=0, type="", created_ms=0)
 
 
 def went_back(mark: HistoryMark, current: HistoryMark | None, head: coordinator_pb2.GetHeadResponse) -> str:

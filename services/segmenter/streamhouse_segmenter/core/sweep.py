@@ -24,7 +24,7 @@ def old_enough(objects: Iterable[StoredObject], *, now_ms: int, grace_ms: int) -
     return [item for item in objects if now_ms - item.modified_ms >= grace_ms]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Orphan:
     """An object without a registered segment. `since_ms`: when that was noticed; `declared_ms` and `worker_id`: its
     upload, 0 and empty unless it was never registered; `deletable`: now, not at a later sweep."""
@@ -64,10 +64,15 @@ def judge(page: Sequence[StoredObject], answer: coordinator_pb2.BeginDeletionRes
         declared += said.verdict == coordinator_pb2.DELETION_VERDICT_DECLARED
         begun = said.verdict == coordinator_pb2.DELETION_VERDICT_BEGUN
         if begun or said.verdict == coordinator_pb2.DELETION_VERDICT_NOTICED:
-            since_ms = said.noticed_ms or answer.now_ms
             orphans.append(
                 Orphan(
-                    item.key, item.size_bytes, item.modified_ms, since_ms, said.declared_ms, said.worker_id, begun
+                    key=item.key,
+                    size_bytes=item.size_bytes,
+                    modified_ms=item.modified_ms,
+                    since_ms=said.noticed_ms or answer.now_ms,
+                    declared_ms=said.declared_ms,
+                    worker_id=said.worker_id,
+                    deletable=begun,
                 )
-            )  # fmt: skip
+            )
     return Judged(orphans, declared)
