@@ -40,7 +40,7 @@ from streamhouse_query.settings import QuerySettings
 CALL_GRACE_MS = 1_000
 
 
-@dataclass
+@dataclass(kw_only=True)
 class QueryService:
     """The parts of a running query service. `tasks` reports a background task that died."""
 
@@ -151,7 +151,16 @@ def build(
     )
     api = QueryApi(reads, disk, settings)
     measuring = {"group lag": lags.run, "free space of the cache's disk": space.run} if settings.is_measured else {}
-    return QueryService(api, tasks, index, disk, redis, follower, session, measuring)
+    return QueryService(
+        api=api,
+        tasks=tasks,
+        _index=index,
+        _disk=disk,
+        _redis=redis,
+        _follower=follower,
+        _session=session,
+        _measuring=measuring,
+    )
 
 
 def _redis(settings: QuerySettings, clock: Clock, counters: Counters) -> RedisCache | None:
