@@ -68,7 +68,7 @@ def select_segments(
     `ranges`: as the backup has them. `has_retention`: retention has removed missing records at the beginning.
     `accept_holes`: holes inside epochs become lost spans, and segments behind them count.
     """
-    return _Search(log_start_offset, ranges, candidates, has_retention, accept_holes).run()
+    return _Search(log_start_offset, ranges, candidates, has_retention=has_retention, accept_holes=accept_holes).run()
 
 
 class _Search:
@@ -79,6 +79,7 @@ class _Search:
         log_start_offset: int,
         ranges: Sequence[RangeRow],
         candidates: Iterable[Candidate],
+        *,
         has_retention: bool,
         accept_holes: bool,
     ) -> None:
