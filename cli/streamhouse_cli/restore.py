@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from shproto.v1.coordinator_pb2 import CompleteRestoreResponse
     from shstore import ObjectStore
     from streamhouse_coordinator.core.tables import EventRow
-    from streamhouse_coordinator.recovery.restore import PartitionReport, Report
+    from streamhouse_coordinator.recovery.restore import PartitionReport, RestoreReport
 
 ROWS_MAX = 100
 
@@ -84,7 +84,9 @@ def restore(
         _print_report(report, dry_run)
 
 
-async def _restore(name: str, dry_run: bool, accept_holes: bool, data_dir: str | None, config: str | None) -> Report:
+async def _restore(
+    name: str, dry_run: bool, accept_holes: bool, data_dir: str | None, config: str | None
+) -> RestoreReport:
     from streamhouse_coordinator.wiring import restore_backup
 
     async with metadata_of(data_dir, config, alone=True) as metadata:
@@ -133,7 +135,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)
 
 
-def _print_report(report: Report, dry_run: bool) -> None:
+def _print_report(report: RestoreReport, dry_run: bool) -> None:
     click.echo(
         f"{report.backup}{' (dry run, nothing is written)' if dry_run else ''}: {report.events:,} events, "
         f"{report.topics:,} topics, {report.partitions:,} partitions, {report.segments:,} segments; "

@@ -140,7 +140,7 @@ async def _run(place: Place, dry_run: bool) -> tuple[SweepReport, Found]:
     from shproto.v1 import coordinator_pb2
     from streamhouse_segmenter.ports import Ports
     from streamhouse_segmenter.settings import SegmenterSettings
-    from streamhouse_segmenter.sweeper import Sweeper
+    from streamhouse_segmenter.sweeper import OrphanSweeper
 
     from streamhouse_cli.services import environ_with
 
@@ -153,7 +153,7 @@ async def _run(place: Place, dry_run: bool) -> tuple[SweepReport, Found]:
     try:
         await store.check()
         await peers.coordinator.get_status(coordinator_pb2.GetStatusRequest())  # a sweep of an empty store asks nothing
-        sweeper = Sweeper(Ports(coordinator=peers.coordinator, store=store, ingest_at=peers.ingest), settings)
+        sweeper = OrphanSweeper(Ports(coordinator=peers.coordinator, store=store, ingest_at=peers.ingest), settings)
         return await sweeper.run(place.prefix, found.add), found
     finally:
         await peers.close()

@@ -78,7 +78,7 @@ async def _verify(
 ) -> Report:
     from streamhouse_segmenter.ports import Ports
     from streamhouse_segmenter.settings import SegmenterSettings
-    from streamhouse_segmenter.sweeper import Sweeper
+    from streamhouse_segmenter.sweeper import OrphanSweeper
 
     from streamhouse_cli.registry_check import Finding
     from streamhouse_cli.services import environ_with
@@ -95,7 +95,7 @@ async def _verify(
                 peers.coordinator, store, topic=topic, grace_ms=grace_ms, started=started, progress=progress
             )
             report = await verifier.run()
-        history = await Sweeper(
+        history = await OrphanSweeper(
             Ports(coordinator=peers.coordinator, store=store, ingest_at=peers.ingest), settings
         ).check_history()
         if history.unreadable:

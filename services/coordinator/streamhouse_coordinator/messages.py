@@ -31,7 +31,7 @@ from streamhouse_coordinator.ports import ProjectionCheck
 from streamhouse_coordinator.segment_keys import check_segment_key
 from streamhouse_coordinator.service import group_admin
 from streamhouse_coordinator.service.groups import Commit
-from streamhouse_coordinator.service.objects import Judged
+from streamhouse_coordinator.service.objects import JudgedObject
 from streamhouse_coordinator.service.sessions import Grant
 
 ID_LENGTH_MAX = 64  # a UUID has 36 characters
@@ -130,7 +130,7 @@ def deletion_grace(grace_ms: int, confirm_ms: int) -> DeletionGrace:
     return DeletionGrace(grace_ms, confirm_ms)
 
 
-def object_deletion(item: Judged) -> pb.ObjectDeletion:
+def object_deletion(item: JudgedObject) -> pb.ObjectDeletion:
     state = item.state
     return pb.ObjectDeletion(
         object_key=state.object_key,
@@ -407,7 +407,7 @@ def group_member(member: group_admin.Member) -> pb.GroupMember:
     )
 
 
-def group_partition(position: group_admin.Position) -> pb.GroupPartition:
+def group_partition(position: group_admin.GroupPosition) -> pb.GroupPartition:
     commit = position.offset
     return pb.GroupPartition(
         topic=position.topic,

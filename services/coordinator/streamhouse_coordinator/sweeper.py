@@ -49,7 +49,7 @@ _ranges_lost = counter(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
+class _DueWork:
     """Work found by a look, and values of the gauges."""
 
     after_outage: bool
@@ -105,11 +105,11 @@ class Sweeper:
         _waiting.set(found.backlog[0])
         _waiting_bytes.set(found.backlog[1])
 
-    async def _look(self, tx: Transaction) -> _Found:
+    async def _look(self, tx: Transaction) -> _DueWork:
         reach_due, cut_off = await reach.is_due(tx, self._context.settings)
         after_outage, moves_due = await outages.note_sweep(tx, self._context.settings.session_sweep_interval_ms)
         orphaned, unclean_topics = await orphaned_ranges.count_orphaned(tx)
-        return _Found(
+        return _DueWork(
             after_outage=after_outage,
             moves_due=moves_due,
             reach_due=reach_due,
@@ -128,7 +128,7 @@ class Sweeper:
             _ended.add(count, {"kind": "group_member"})
             log.info("%d group members expired", count)
 
-    async def _recover(self, found: _Found) -> None:
+    async def _recover(self, found: _DueWork) -> None:
         lost = 0
         if found.unclean_topics:
             lost = await orphaned_ranges.recover_unclean(self._context, found.unclean_topics)

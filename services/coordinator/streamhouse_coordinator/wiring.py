@@ -232,7 +232,7 @@ async def restore_backup(
     dry_run: bool,
     accept_holes: bool,
     progress: Callable[[str, int, int], None],
-) -> tuple[restore.Report, EventRow]:
+) -> tuple[restore.RestoreReport, EventRow]:
     """Restores a backup by its name, or the "latest", into an empty database; no service may run. Returns the report
     and the last event of the restored database. Raises the errors of restore.restore, and DatabaseRefused."""
     manifest = await backup.read_manifest(store, name)

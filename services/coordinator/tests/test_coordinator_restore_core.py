@@ -21,7 +21,7 @@ from streamhouse_coordinator.recovery.restore_plan import (
     BackedUpPartition,
     restore_partition,
 )
-from streamhouse_coordinator.recovery.segment_selection import Candidate, Span, select_segments
+from streamhouse_coordinator.recovery.segment_selection import EpochSpan, SegmentCandidate, select_segments
 from streamhouse_coordinator.recovery.unrecovered_ranges import Reported, is_blank, is_unrecovered, released, split
 
 pytestmark = pytest.mark.quick
@@ -59,12 +59,12 @@ def segment(base: int, end: int, epoch: int = 1, name: str = "") -> Segment:
     )
 
 
-def found(base: int, end: int, epoch: int = 1, *, spans: Sequence[Span] = ()) -> Candidate:
-    return Candidate(segment(base, end, epoch), tuple(spans) or (Span(epoch, base, end),))
+def found(base: int, end: int, epoch: int = 1, *, spans: Sequence[EpochSpan] = ()) -> SegmentCandidate:
+    return SegmentCandidate(segment(base, end, epoch), tuple(spans) or (EpochSpan(epoch, base, end),))
 
 
-def known(base: int, end: int, epoch: int = 1) -> Candidate:
-    return Candidate(segment(base, end, epoch), (), registered=True)
+def known(base: int, end: int, epoch: int = 1) -> SegmentCandidate:
+    return SegmentCandidate(segment(base, end, epoch), (), registered=True)
 
 
 def owned(
@@ -88,7 +88,7 @@ def owned(
     return replace(row, **changes)  # type: ignore[arg-type]
 
 
-def chosen(*candidates: Candidate, ranges: Sequence[t.RangeRow] = (), **options: bool) -> list[tuple[int, int]]:
+def chosen(*candidates: SegmentCandidate, ranges: Sequence[t.RangeRow] = (), **options: bool) -> list[tuple[int, int]]:
     flags = {"has_retention": False, "accept_holes": False} | options
     return [(c.base_offset, c.end_offset) for c in select_segments(0, ranges, candidates, **flags).chosen]
 
@@ -133,13 +133,13 @@ def test_what_lies_behind_a_hole_is_left_out_unless_it_is_accepted() -> None:
     assert [c.base_offset for c in result.chosen] == [0, 50]
     assert [c.base_offset for c in result.stranded] == [20, 30] and result.lost == []
     result = select_segments(0, [], candidates, has_retention=False, accept_holes=True)
-    assert [c.base_offset for c in result.chosen] == [0, 20, 30, 50] and result.lost == [Span(1, 10, 20)]
+    assert [c.base_offset for c in result.chosen] == [0, 20, 30, 50] and result.lost == [EpochSpan(1, 10, 20)]
 
 
 def test_registered_records_that_no_object_holds_are_lost() -> None:
     ranges = [owned(1, 0, 20, end=20), owned(2, 20, 40)]
     result = select_segments(0, ranges, [known(0, 10), known(30, 40, 2)], has_retention=False, accept_holes=False)
-    assert result.lost == [Span(1, 10, 20), Span(2, 20, 30)] and len(result.chosen) == 2
+    assert result.lost == [EpochSpan(1, 10, 20), EpochSpan(2, 20, 30)] and len(result.chosen) == 2
 
 
 @pytest.mark.parametrize("has_retention", [False, True])
@@ -160,7 +160,7 @@ def test_retention_has_removed_what_is_missing_at_the_beginning() -> None:
 
 
 def test_a_merged_segment_of_several_epochs_counts_for_each() -> None:
-    merged = found(0, 30, 2, spans=[Span(1, 0, 10), Span(2, 10, 30)])
+    merged = found(0, 30, 2, spans=[EpochSpan(1, 0, 10), EpochSpan(2, 10, 30)])
     rows = restored(ranges=[owned(1, 0, 0)], epoch=1, candidates=[merged])
     assert [(r.epoch, r.start_offset, r.registered_end, r.status) for r in rows[:2]] == [
         (1, 0, 10, t.SETTLED),
@@ -172,7 +172,7 @@ def test_a_merged_segment_of_several_epochs_counts_for_each() -> None:
 
 
 def restored(
-    ranges: Sequence[t.RangeRow], epoch: int, candidates: Sequence[Candidate] = (), topic: t.TopicRow = TOPIC
+    ranges: Sequence[t.RangeRow], epoch: int, candidates: Sequence[SegmentCandidate] = (), topic: t.TopicRow = TOPIC
 ) -> list[t.RangeRow]:
     """The ranges once the event is applied."""
     of_partition = BackedUpPartition(
@@ -357,7 +357,7 @@ def backup_of(epochs: Sequence[Epoch], known_count: int, registered: int) -> lis
     return rows
 
 
-def stored_of(epochs: Sequence[Epoch], known_count: int, merged: bool) -> list[Candidate]:
+def stored_of(epochs: Sequence[Epoch], known_count: int, merged: bool) -> list[SegmentCandidate]:
     stored = []
     for item, following in zip(epochs, [*epochs[1:], None], strict=True):
         stored += [found(one, other, item.number) for one, other in pairwise(item.cuts)]

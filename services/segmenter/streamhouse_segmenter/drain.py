@@ -13,7 +13,7 @@ from shproto.v1 import coordinator_pb2
 from shruntime.tasks import cancel_and_wait, outcomes
 
 from streamhouse_segmenter import telemetry
-from streamhouse_segmenter.handover import Handover, HandoverResult, Outcome
+from streamhouse_segmenter.handover import Handover, HandoverOutcome, HandoverResult
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.settings import SegmenterSettings
 from streamhouse_segmenter.store_probe import StoreProbe
@@ -30,9 +30,9 @@ class DrainReport:
 
     def add(self, result: HandoverResult) -> None:
         """Counts the outcome of a handover."""
-        self.registered += result.outcome is Outcome.REGISTERED
-        self.claims_lost += result.outcome is Outcome.CLAIM_LOST
-        if result.outcome is Outcome.FAILED:
+        self.registered += result.outcome is HandoverOutcome.REGISTERED
+        self.claims_lost += result.outcome is HandoverOutcome.CLAIM_LOST
+        if result.outcome is HandoverOutcome.FAILED:
             self.failed += 1
             self.look_again_within(result.retry_after_ms)
 

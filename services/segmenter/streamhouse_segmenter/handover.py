@@ -39,7 +39,7 @@ class UploadWithdrawn(Exception):
     """The sweep has taken an object for an orphan, because its registration came so late: it must be built again."""
 
 
-class Outcome(StrEnum):
+class HandoverOutcome(StrEnum):
     REGISTERED = "registered"
     FAILED = "failed"
     CLAIM_LOST = "claim_lost"
@@ -50,7 +50,7 @@ class HandoverResult:
     """Outcome of a buffer. After a failure: `retry_after_ms` until the buffer can be claimed again; `by_store`, True
     if an upload failed."""
 
-    outcome: Outcome
+    outcome: HandoverOutcome
     retry_after_ms: int = 0
     by_store: bool = False
 
@@ -81,14 +81,14 @@ class Handover:
             )
         except (ClaimLost, Fenced) as error:
             log.warning("buffer %s: %s", self._claim.buffer_id, error)
-            result = HandoverResult(Outcome.CLAIM_LOST)
+            result = HandoverResult(HandoverOutcome.CLAIM_LOST)
             _let_go(error)
         except Exception as error:  # noqa: BLE001 - whatever it was, the buffer must go back and be tried again
             result = await self._give_back(error)
             _let_go(error)
         else:
             telemetry.handover_ms.record(self._ports.clock.monotonic_ms() - started_ms)
-            result = HandoverResult(Outcome.REGISTERED)
+            result = HandoverResult(HandoverOutcome.REGISTERED)
         telemetry.buffers.add(1, {"outcome": result.outcome.value})
         return result
 
@@ -216,7 +216,7 @@ class Handover:
             )
         reason = f"{why}: {error}"
         await release_claim(self._ports, self._claim.claim_id, reason=reason, retry_after_ms=wait_ms)
-        return HandoverResult(Outcome.FAILED, wait_ms, by_store=isinstance(error, StoreError))
+        return HandoverResult(HandoverOutcome.FAILED, wait_ms, by_store=isinstance(error, StoreError))
 
 
 def _let_go(error: BaseException) -> None:

@@ -13,7 +13,7 @@ from streamhouse_segmenter.compactor import Compactor
 from streamhouse_segmenter.drain import Drain, DrainReport
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.settings import SegmenterSettings
-from streamhouse_segmenter.sweeper import Sweeper, SweepReport, refusal
+from streamhouse_segmenter.sweeper import OrphanSweeper, SweepReport, refusal
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Segmenter:
         self._ports = ports
         self._drain = Drain(ports, settings, worker_id, may_claim)
         self._compactor = Compactor(ports, settings, worker_id, may_claim)
-        self._sweeper = Sweeper(ports, settings)
+        self._sweeper = OrphanSweeper(ports, settings)
 
     def close(self) -> None:
         """Starts nothing more; claimed work is finished."""

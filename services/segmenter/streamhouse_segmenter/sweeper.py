@@ -86,7 +86,7 @@ def _ignore(orphan: Orphan) -> None:
     """Default for `found`: does nothing."""
 
 
-class Sweeper:
+class OrphanSweeper:
     """Deletes orphans (`run`), and keeps the mark of the metadata's history in the store (`mark_history`)."""
 
     def __init__(self, ports: Ports, settings: SegmenterSettings) -> None:

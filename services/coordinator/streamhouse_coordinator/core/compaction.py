@@ -36,7 +36,7 @@ def partitions_to_look_at(counts: Mapping[PartitionRowKey, int], segments_min: i
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class SegmentRun:
     """Adjacent small segments of a partition. `closed`: the segment that follows never merges with them, so the run
     will not grow."""
 
@@ -77,19 +77,19 @@ def choose(
     return list(best)
 
 
-def runs(segments: Sequence[SegmentRow], small_bytes_max: int) -> Iterator[Run]:
+def runs(segments: Sequence[SegmentRow], small_bytes_max: int) -> Iterator[SegmentRun]:
     """Yields the runs of small segments, in order."""
     run: list[SegmentRow] = []
     for segment in segments:
         follows = bool(run) and run[-1].end_offset == segment.base_offset
         small = not segment.lost_reason and segment.size_bytes < small_bytes_max
         if run and not (small and follows):
-            yield Run(run, closed=follows)
+            yield SegmentRun(run, closed=follows)
             run = []
         if small:
             run.append(segment)
     if run:
-        yield Run(run, closed=False)
+        yield SegmentRun(run, closed=False)
 
 
 def _most_grown(sizes: Sequence[int], segments_min: int) -> tuple[int, int]:

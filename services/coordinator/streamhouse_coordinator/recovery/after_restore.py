@@ -13,7 +13,7 @@ from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.tables import PartitionRowKey, RangeRowKey
 from streamhouse_coordinator.ports import ORPHANED_RANGES, In, Transaction, where, where_keys
 from streamhouse_coordinator.recovery import restore_plan, unrecovered_ranges
-from streamhouse_coordinator.recovery.segment_selection import Span
+from streamhouse_coordinator.recovery.segment_selection import EpochSpan
 from streamhouse_coordinator.service.common import (
     Context,
     change_leadership,
@@ -113,7 +113,7 @@ async def _register_holes(
     own = await tx.select(t.RANGES, where(topic_id=key[0], partition=key[1], wal_id=wal_id, status=t.ORPHANED))
     topics = await tx.select(t.TOPICS, where(topic_id=key[0]))
     # The log begins above the registered end: it has dropped the records in between, because they were registered.
-    spans = [Span(row.epoch, row.registered_end, min(firsts.get(row.epoch, 0), row.limit_offset)) for row in own]
+    spans = [EpochSpan(row.epoch, row.registered_end, min(firsts.get(row.epoch, 0), row.limit_offset)) for row in own]
     events = []
     for span in spans:
         if span.base_offset < span.end_offset:

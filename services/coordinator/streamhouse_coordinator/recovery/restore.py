@@ -30,7 +30,7 @@ from streamhouse_coordinator.recovery import backup_format as fmt
 from streamhouse_coordinator.recovery import restore_plan
 from streamhouse_coordinator.recovery import stored_segments as stored
 from streamhouse_coordinator.recovery.backup import read_chunk
-from streamhouse_coordinator.recovery.segment_selection import Candidate
+from streamhouse_coordinator.recovery.segment_selection import SegmentCandidate
 from streamhouse_coordinator.service.common import known_topic_ids
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class PartitionReport:
 
 
 @dataclass(slots=True, kw_only=True)
-class Report:
+class RestoreReport:
     """Result of a restore. `warnings`: sentences for the operator."""
 
     backup: str
@@ -89,7 +89,7 @@ async def restore(
     accept_holes: bool,
     new_id: Callable[[], str],
     progress: Progress,
-) -> Report:
+) -> RestoreReport:
     """Fills the empty database of `tx` and returns the report. Raises InvalidArgument if the database is not empty,
     BackupDamaged, StoreError, Unavailable; nothing is written then."""
     if found := await tx.found():
@@ -98,7 +98,7 @@ async def restore(
             field="pg_dsn",
         )
     events = await _load(tx, store, manifest, progress)
-    report = Report(backup=manifest.name, history_id=new_id(), position=manifest.position, events=events)
+    report = RestoreReport(backup=manifest.name, history_id=new_id(), position=manifest.position, events=events)
     await _end_the_moment(tx)
     await _adopt(tx, store, accept_holes, report, progress)
     await _begin_history(tx, manifest, report)
@@ -181,7 +181,7 @@ async def _end_the_moment(tx: RestoreTransaction) -> None:
     await _append(tx, events)
 
 
-async def _begin_history(tx: RestoreTransaction, manifest: fmt.Manifest, report: Report) -> None:
+async def _begin_history(tx: RestoreTransaction, manifest: fmt.Manifest, report: RestoreReport) -> None:
     histories = await tx.select(t.HISTORIES, order=("nth",))
     if not histories or histories[-1].history_id != manifest.history_id:
         raise fmt.BackupDamaged(f"{manifest.name}: its histories do not end with {manifest.history_id}")
@@ -211,7 +211,7 @@ async def _begin_history(tx: RestoreTransaction, manifest: fmt.Manifest, report:
 
 
 async def _adopt(
-    tx: RestoreTransaction, store: ObjectStore, accept_holes: bool, report: Report, progress: Progress
+    tx: RestoreTransaction, store: ObjectStore, accept_holes: bool, report: RestoreReport, progress: Progress
 ) -> None:
     known = await tx.select(t.SEGMENTS, order=("topic_id", "partition", "base_offset"))
     objects = await stored.scan(store, _known_ends(known), progress)
@@ -270,11 +270,11 @@ def _grouped(rows: Iterable[RowT]) -> dict[PartitionRowKey, list[RowT]]:
     return found
 
 
-def _named(candidates: Sequence[Candidate], topic: str) -> list[Candidate]:
+def _named(candidates: Sequence[SegmentCandidate], topic: str) -> list[SegmentCandidate]:
     return [replace(item, segment=replace(item.segment, topic=topic)) for item in candidates]
 
 
-async def _recover_topics(tx: RestoreTransaction, found: Sequence[Candidate], report: Report) -> None:
+async def _recover_topics(tx: RestoreTransaction, found: Sequence[SegmentCandidate], report: RestoreReport) -> None:
     """Creates topics that are younger than the backup, as far as their objects tell: id, partitions with records, and
     the name, unless all records lie in objects shared with other topics. A topic deleted before the backup stays
     deleted."""
@@ -299,7 +299,9 @@ async def _recover_topics(tx: RestoreTransaction, found: Sequence[Candidate], re
 # ---- the report
 
 
-def _account(report: Report, known: restore_plan.BackedUpPartition, restored: restore_plan.RestoredPartition) -> None:
+def _account(
+    report: RestoreReport, known: restore_plan.BackedUpPartition, restored: restore_plan.RestoredPartition
+) -> None:
     selection = restored.selection
     before, after = known.partition.log_start_offset, selection.log_start_offset
     part = PartitionReport(
@@ -324,7 +326,7 @@ def _account(report: Report, known: restore_plan.BackedUpPartition, restored: re
         report.changed.append(part)
 
 
-def _warn(report: Report) -> None:
+def _warn(report: RestoreReport) -> None:
     if report.lost_spans:
         report.warnings.append(
             f"{report.lost_spans} spans of registered records are in no object: reading them is DATA_LOSS"

@@ -23,7 +23,7 @@ from streamhouse_coordinator.core.tables import (
     SegmentRow,
     TopicRow,
 )
-from streamhouse_coordinator.recovery.segment_selection import Candidate, Selection, Span, select_segments
+from streamhouse_coordinator.recovery.segment_selection import EpochSpan, SegmentCandidate, Selection, select_segments
 from streamhouse_coordinator.recovery.unrecovered_ranges import is_unrecovered, unrecovered_range
 
 # A range is 2^30 offsets wide by default, and a takeover skips as many: this covers a thousand takeovers, or 10^12
@@ -50,7 +50,7 @@ class RestoredPartition:
 
     events: list[Event]
     selection: Selection
-    adopted: list[Candidate]
+    adopted: list[SegmentCandidate]
     missing: list[SegmentRow]
     unrecovered: int
 
@@ -65,7 +65,7 @@ class BackedUpPartition:
     ranges: Sequence[RangeRow]
     segments: Sequence[SegmentRow]
     present: Collection[str]
-    candidates: Sequence[Candidate] = field(default_factory=list)
+    candidates: Sequence[SegmentCandidate] = field(default_factory=list)
 
 
 def restore_partition(known: BackedUpPartition, *, accept_holes: bool) -> RestoredPartition:
@@ -89,7 +89,7 @@ def restore_partition(known: BackedUpPartition, *, accept_holes: bool) -> Restor
     )
 
 
-def lost_segment(topic: TopicRow, partition: int, span: Span, reason: str) -> Segment:
+def lost_segment(topic: TopicRow, partition: int, span: EpochSpan, reason: str) -> Segment:
     """Returns the segment that stands for lost records. Its id follows from the place."""
     return Segment(
         segment_id=f"lost-{topic.topic_id}-{partition}-{span.epoch}-{span.base_offset}",
@@ -110,9 +110,9 @@ def lost_segment(topic: TopicRow, partition: int, span: Span, reason: str) -> Se
     )
 
 
-def _candidate(row: SegmentRow, topic: str) -> Candidate:
+def _candidate(row: SegmentRow, topic: str) -> SegmentCandidate:
     values = {name: getattr(row, name) for name in SegmentRow.__slots__}
-    return Candidate(Segment(topic=topic, **values), spans=(), registered=True)
+    return SegmentCandidate(Segment(topic=topic, **values), spans=(), registered=True)
 
 
 def recovered_topic(topic_id: str, name: str, partitions: int, now_ms: int) -> TopicCreated:
@@ -238,7 +238,7 @@ def _gap(topic_id: str, partition: int, following: RangeRow, start_offset: int) 
 
 
 def _events(
-    known: BackedUpPartition, found: Selection, ranges: list[RangeRow], adopted: Sequence[Candidate]
+    known: BackedUpPartition, found: Selection, ranges: list[RangeRow], adopted: Sequence[SegmentCandidate]
 ) -> list[Event]:
     topic, partition = known.topic, known.partition.partition
     kept = {item.segment.segment_id for item in found.chosen}

@@ -17,7 +17,7 @@ from streamhouse_coordinator.core.tables import LOST, RangeRow
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class EpochSpan:
     """Offsets [base_offset, end_offset) of an epoch."""
 
     epoch: int
@@ -26,12 +26,12 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class SegmentCandidate:
     """A readable segment. `spans`: epochs and offsets of its records, several for a merged segment; a registered
     segment may come without. `registered`: the backup names the segment."""
 
     segment: Segment
-    spans: tuple[Span, ...]
+    spans: tuple[EpochSpan, ...]
     registered: bool = False
 
     @property
@@ -50,15 +50,15 @@ class Selection:
     the log."""
 
     log_start_offset: int
-    chosen: list[Candidate] = field(default_factory=list)
-    lost: list[Span] = field(default_factory=list)
-    stranded: list[Candidate] = field(default_factory=list)
+    chosen: list[SegmentCandidate] = field(default_factory=list)
+    lost: list[EpochSpan] = field(default_factory=list)
+    stranded: list[SegmentCandidate] = field(default_factory=list)
 
 
 def select_segments(
     log_start_offset: int,
     ranges: Sequence[RangeRow],
-    candidates: Iterable[Candidate],
+    candidates: Iterable[SegmentCandidate],
     *,
     has_retention: bool,
     accept_holes: bool,
@@ -78,7 +78,7 @@ class _Search:
         self,
         log_start_offset: int,
         ranges: Sequence[RangeRow],
-        candidates: Iterable[Candidate],
+        candidates: Iterable[SegmentCandidate],
         *,
         has_retention: bool,
         accept_holes: bool,
@@ -142,16 +142,16 @@ class _Search:
             self._found.lost.append(hole)
         return True
 
-    def _registered_between(self, at: int, following: int | None) -> list[Span]:
+    def _registered_between(self, at: int, following: int | None) -> list[EpochSpan]:
         found = []
         for row in self._ranges.values():
             base = max(at, row.start_offset)
             end = row.registered_end if following is None else min(following, row.registered_end)
             if base < end:
-                found.append(Span(row.epoch, base, end))
+                found.append(EpochSpan(row.epoch, base, end))
         return sorted(found, key=lambda span: span.base_offset)
 
-    def _hole_before(self, at: int, following: int | None) -> Span | None:
+    def _hole_before(self, at: int, following: int | None) -> EpochSpan | None:
         """Returns the offsets that were never registered in the epoch that continues at `following`; None if there are
         none."""
         epoch = None if following is None else self._owner(following)
@@ -159,7 +159,7 @@ class _Search:
             return None
         known = self._ranges[epoch].registered_end if epoch in self._ranges else 0
         base = max(at, self._starts[epoch], known)
-        return Span(epoch, base, following) if base < following else None
+        return EpochSpan(epoch, base, following) if base < following else None
 
     def _strand(self, following: int | None) -> None:
         assert following is not None, "only what follows can be stranded"
@@ -176,10 +176,10 @@ class _Search:
         position = bisect_right(self._epochs, offset, key=lambda epoch: self._starts[epoch]) - 1
         return self._epochs[position] if position >= 0 else None
 
-    def _void(self, item: Candidate) -> bool:
+    def _void(self, item: SegmentCandidate) -> bool:
         return any(self._fenced(span) for span in item.spans)
 
-    def _fenced(self, span: Span) -> bool:
+    def _fenced(self, span: EpochSpan) -> bool:
         position = bisect_right(self._epochs, span.epoch)
         if position < len(self._epochs) and self._starts[self._epochs[position]] < span.end_offset:
             return True
@@ -190,7 +190,7 @@ class _Search:
         return span.base_offset < row.start_offset or (end is not None and span.end_offset > end)
 
 
-def _starts(ranges: Mapping[int, RangeRow], candidates: Iterable[Candidate]) -> dict[int, int]:
+def _starts(ranges: Mapping[int, RangeRow], candidates: Iterable[SegmentCandidate]) -> dict[int, int]:
     """Returns the start of each epoch, as far as it can be known. Starts are made to ascend: offsets below a known
     later start belong to the earlier epoch."""
     starts: dict[int, int] = {epoch: row.start_offset for epoch, row in ranges.items()}
@@ -205,17 +205,17 @@ def _starts(ranges: Mapping[int, RangeRow], candidates: Iterable[Candidate]) -> 
     return starts
 
 
-def _by_base(candidates: Iterable[Candidate]) -> dict[int, list[Candidate]]:
-    edges: dict[int, list[Candidate]] = defaultdict(list)
+def _by_base(candidates: Iterable[SegmentCandidate]) -> dict[int, list[SegmentCandidate]]:
+    edges: dict[int, list[SegmentCandidate]] = defaultdict(list)
     for item in candidates:
         edges[item.base_offset].append(item)
     return edges
 
 
-def _farthest(at: int, edges: Mapping[int, Sequence[Candidate]]) -> list[Candidate]:
+def _farthest(at: int, edges: Mapping[int, Sequence[SegmentCandidate]]) -> list[SegmentCandidate]:
     """Returns the adjacent candidates from `at` on that reach farthest; of several paths the path with the fewest
     unregistered segments, then with the fewest segments."""
-    best: dict[int, tuple[tuple[int, int], Candidate | None]] = {at: ((0, 0), None)}
+    best: dict[int, tuple[tuple[int, int], SegmentCandidate | None]] = {at: ((0, 0), None)}
     waiting, farthest = [at], at
     while waiting:
         # Candidates lead to greater offsets only, so the cost of an offset is final once it leaves the heap.
@@ -228,7 +228,7 @@ def _farthest(at: int, edges: Mapping[int, Sequence[Candidate]]) -> list[Candida
             if item.end_offset not in best or cost < best[item.end_offset][0]:
                 best[item.end_offset] = (cost, item)
             farthest = max(farthest, item.end_offset)
-    path: list[Candidate] = []
+    path: list[SegmentCandidate] = []
     while (step := best[farthest][1]) is not None:
         path.append(step)
         farthest = step.base_offset

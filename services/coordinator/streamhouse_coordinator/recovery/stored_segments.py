@@ -12,7 +12,7 @@ from shproto.model import Segment
 from shstore import ObjectMissing, ObjectStore
 
 from streamhouse_coordinator.core.tables import PartitionRowKey
-from streamhouse_coordinator.recovery.segment_selection import Candidate, Span
+from streamhouse_coordinator.recovery.segment_selection import EpochSpan, SegmentCandidate
 from streamhouse_coordinator.segment_keys import SEGMENT_PREFIXES
 
 # Header, index and footer of an object are three requests of some 30 ms; a listing brings a thousand keys a page.
@@ -36,7 +36,7 @@ class Stored:
     """Content of the store. `sizes`: bytes of every object, by key. `found`: segments that the backup does not name."""
 
     sizes: dict[str, int] = field(default_factory=dict)
-    found: list[Candidate] = field(default_factory=list)
+    found: list[SegmentCandidate] = field(default_factory=list)
     damaged: list[Damaged] = field(default_factory=list)
 
 
@@ -84,7 +84,7 @@ async def _read_object(store: ObjectStore, key: str, stored: Stored) -> None:
         end = candidate.segment.object_at
 
 
-async def _last_segment(store: ObjectStore, key: str, end: int) -> Candidate:
+async def _last_segment(store: ObjectStore, key: str, end: int) -> SegmentCandidate:
     tail_at = max(0, end - TAIL_BYTES)
     tail = await store.get(key, at=tail_at, size_bytes=end - tail_at)
     size_bytes = last_segment_size(tail, end)
@@ -97,7 +97,7 @@ async def _last_segment(store: ObjectStore, key: str, end: int) -> Candidate:
         return await store.get(key, at=start + at, size_bytes=size_bytes)
 
     header, index = await run_plan_async(open_segment(size_bytes), read)
-    return Candidate(_segment(key, start, size_bytes, header, index), _spans(index))
+    return SegmentCandidate(_segment(key, start, size_bytes, header, index), _spans(index))
 
 
 def _segment(key: str, at: int, size_bytes: int, header: SegmentHeader, index: SegmentIndex) -> Segment:
@@ -120,13 +120,13 @@ def _segment(key: str, at: int, size_bytes: int, header: SegmentHeader, index: S
     )
 
 
-def _spans(index: SegmentIndex) -> tuple[Span, ...]:
-    spans: list[Span] = []
+def _spans(index: SegmentIndex) -> tuple[EpochSpan, ...]:
+    spans: list[EpochSpan] = []
     for block in index:
         if spans and spans[-1].epoch == block.epoch:
-            spans[-1] = Span(block.epoch, spans[-1].base_offset, block.end_offset)
+            spans[-1] = EpochSpan(block.epoch, spans[-1].base_offset, block.end_offset)
         else:
-            spans.append(Span(block.epoch, block.first_offset, block.end_offset))
+            spans.append(EpochSpan(block.epoch, block.first_offset, block.end_offset))
     return tuple(spans)
 
 
@@ -140,9 +140,9 @@ def topic_name(keys: Iterable[str], topic_id: str) -> str:
     return ""
 
 
-def by_partition(candidates: Sequence[Candidate]) -> dict[PartitionRowKey, list[Candidate]]:
+def by_partition(candidates: Sequence[SegmentCandidate]) -> dict[PartitionRowKey, list[SegmentCandidate]]:
     """Returns the candidates by partition, each list in their order."""
-    found: dict[PartitionRowKey, list[Candidate]] = {}
+    found: dict[PartitionRowKey, list[SegmentCandidate]] = {}
     for item in candidates:
         found.setdefault((item.segment.topic_id, item.segment.partition), []).append(item)
     return found

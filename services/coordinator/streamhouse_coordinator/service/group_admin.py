@@ -39,7 +39,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Position:
+class GroupPosition:
     """Position of a group in a partition. `older_records`, `exact`: see core.groups.records_before."""
 
     topic: str
@@ -56,7 +56,7 @@ class Position:
 class Description:
     summary: Summary
     members: list[Member]
-    positions: list[Position]
+    positions: list[GroupPosition]
 
 
 async def list_groups(context: Context) -> list[Summary]:
@@ -131,7 +131,9 @@ def _member(group: groups.Group, row: t.GroupMemberRow, expires_in_ms: int) -> M
     )
 
 
-async def _positions(tx: Transaction, group: groups.Group, commits: Collection[t.GroupOffsetRow]) -> list[Position]:
+async def _positions(
+    tx: Transaction, group: groups.Group, commits: Collection[t.GroupOffsetRow]
+) -> list[GroupPosition]:
     read = {topic for wanted in group.topics.values() for topic in wanted}
     topics = {row.topic_id: row for row in await tx.select(t.TOPICS, where(topic=In(read)))}
     committed_ids = In({row.topic_id for row in commits})
@@ -159,12 +161,12 @@ def _position(
     commit: t.GroupOffsetRow | None,
     ranges: Sequence[t.RangeRow],
     holders: Mapping[str, str],
-) -> Position:
+) -> GroupPosition:
     start = row.log_start_offset
     records, exact = groups.records_before(ranges[:-1], max(start, commit.next_offset if commit else 0))
     newest_start = max(start, ranges[-1].start_offset) if ranges else start
     member_id = holders.get(groups.name_of(topic, row.partition), "")
-    return Position(
+    return GroupPosition(
         topic=topic,
         partition=row.partition,
         member_id=member_id,

@@ -46,7 +46,7 @@ async def declare_uploads(context: Context, claim_id: str, object_keys: Sequence
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class JudgedObject:
     """An object and its verdict."""
 
     state: ObjectState
@@ -55,18 +55,18 @@ class Judged:
 
 async def begin_deletion(
     context: Context, object_keys: Sequence[str], grace: DeletionGrace, dry_run: bool
-) -> tuple[int, list[Judged]]:
+) -> tuple[int, list[JudgedObject]]:
     """Begins the deletion of objects; returns PostgreSQL's time and a verdict per key. From BEGUN on, no segment can be
     registered in the object, ever. Raises MetadataWentBack after a rollback: segments of missing events would look like
     orphans."""
 
-    async def work(tx: Transaction) -> tuple[int, list[Judged]]:
+    async def work(tx: Transaction) -> tuple[int, list[JudgedObject]]:
         if not dry_run:
             await rollback_detection.check(tx, rollback_detection.COORDINATOR, rollback_detection.AGENT)
         found = await _look(tx, object_keys, "" if dry_run else "wait")
         now_ms = await tx.now_ms()
         states = found.states(object_keys, now_ms)
-        judged = [Judged(state, deletion.judge(state, now_ms, grace)) for state in states]
+        judged = [JudgedObject(state, deletion.judge(state, now_ms, grace)) for state in states]
         if not dry_run:
             await tx.apply(_changes(judged, found, now_ms, grace))
         return now_ms, judged
@@ -74,7 +74,7 @@ async def begin_deletion(
     return await context.store.run(work)
 
 
-def _changes(judged: Sequence[Judged], found: "_Found", now_ms: int, grace: DeletionGrace) -> list[RowOp]:
+def _changes(judged: Sequence[JudgedObject], found: "_ObjectRows", now_ms: int, grace: DeletionGrace) -> list[RowOp]:
     ops = [op for item in judged for op in deletion.changes(item.state, item.verdict, now_ms)]
     withdrawn = [
         item.state.intent
@@ -143,7 +143,7 @@ class _Claims:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
+class _ObjectRows:
     """Rows that tell the state of objects; the dictionaries are by object key."""
 
     claims: _Claims
@@ -177,7 +177,7 @@ async def _claims(tx: Transaction, claim_ids: Sequence[str], lock: Lock) -> _Cla
     return _Claims(buffers, await tx.select(t.COMPACTION_CLAIMS, where(claim_id=In(claim_ids)), lock=lock))
 
 
-async def _look(tx: Transaction, object_keys: Sequence[str], lock: Lock) -> _Found:
+async def _look(tx: Transaction, object_keys: Sequence[str], lock: Lock) -> _ObjectRows:
     """Returns the state of the objects. The intents are locked, so no registration in these objects is under way: an
     earlier registration is seen, and a later one finds no intent."""
     of_keys = where(object_key=In(object_keys))
@@ -187,4 +187,4 @@ async def _look(tx: Transaction, object_keys: Sequence[str], lock: Lock) -> _Fou
     intents = {row.object_key: row for row in await tx.select(t.UPLOAD_INTENTS, of_keys, lock=lock)}
     deletions = {row.object_key: row for row in await tx.select(t.DELETIONS, of_keys, lock=lock)}
     totals = await tx.totals(t.SEGMENTS, of_keys, by=("object_key",))
-    return _Found(claims=claims, intents=intents, deletions=deletions, referenced={row.group[0] for row in totals})
+    return _ObjectRows(claims=claims, intents=intents, deletions=deletions, referenced={row.group[0] for row in totals})

@@ -46,14 +46,14 @@ class Orphan:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class JudgedPage:
     """Objects of a page by the coordinator's verdict; the others are part of the log."""
 
     orphans: list[Orphan]
     declared: int
 
 
-def judge(page: Sequence[StoredObject], answer: coordinator_pb2.BeginDeletionResponse) -> Judged:
+def judge(page: Sequence[StoredObject], answer: coordinator_pb2.BeginDeletionResponse) -> JudgedPage:
     """Returns the orphans of `page`, and the number of declared uploads. `answer`: about the objects of `page`, in
     order."""
     orphans: list[Orphan] = []
@@ -75,4 +75,4 @@ def judge(page: Sequence[StoredObject], answer: coordinator_pb2.BeginDeletionRes
                     deletable=begun,
                 )
             )
-    return Judged(orphans, declared)
+    return JudgedPage(orphans, declared)
