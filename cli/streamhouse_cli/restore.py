@@ -149,7 +149,11 @@ def _print_report(report: RestoreReport, dry_run: bool) -> None:
     for text in [*report.warnings, *report.damaged_objects]:
         click.echo(f"warning: {text}")
     if not dry_run:
-        waiting = f" ({report.barriers:,} places where readers wait)" if report.barriers else ""
+        waiting = (
+            f" ({report.unrecovered_ranges:,} unrecovered ranges, where readers wait)"
+            if report.unrecovered_ranges
+            else ""
+        )
         click.echo(
             "\nNext: start everything, the agents with their write-ahead logs as they are. When all agents are back"
             f"{waiting}:\n  streamhouse restore --complete"
@@ -175,28 +179,30 @@ def _row(part: PartitionReport) -> tuple[object, ...]:
 
 def _complete(bootstrap: str, *, lost: bool, dry_run: bool, reason: str, yes: bool, as_json: bool) -> None:
     waiting = run(lambda: _call(bootstrap, lost, True, reason))
-    if not waiting.barriers:
+    if not waiting.unrecovered_ranges:
         click.echo("nothing is left of a restore: readers wait for nobody", err=as_json)
     elif not (yes and as_json):
-        rows = [(item.topic, item.partition, item.range.registered_end) for item in waiting.barriers[:ROWS_MAX]]
+        rows = [
+            (item.topic, item.partition, item.range.registered_end) for item in waiting.unrecovered_ranges[:ROWS_MAX]
+        ]
         print_table("readers wait at", ["topic", "partition#", "offset#"], rows, err=True)
-        if len(waiting.barriers) > ROWS_MAX:
-            click.echo(f"… and at {len(waiting.barriers) - ROWS_MAX:,} more places", err=True)
+        if len(waiting.unrecovered_ranges) > ROWS_MAX:
+            click.echo(f"… and at {len(waiting.unrecovered_ranges) - ROWS_MAX:,} more ranges", err=True)
         click.echo(f"Agents that are back: {', '.join(waiting.agents) or 'none'}", err=True)
-    if waiting.barriers and not dry_run:
+    if waiting.unrecovered_ranges and not dry_run:
         if not yes:
             what = "Records that other agents have acknowledged there are given up"
             told = "readers get DATA_LOSS" if lost else "readers are not told"
             confirm(f"{what}, and {told}. Go on?")
         run(lambda: _call(bootstrap, lost, False, reason))
     if as_json:
-        places = [
+        ranges = [
             {"topic": item.topic, "partition": item.partition, "offset": item.range.registered_end}
-            for item in waiting.barriers
+            for item in waiting.unrecovered_ranges
         ]
-        print_json({"agents": list(waiting.agents), "barriers": places, "lost": lost, "dry_run": dry_run})
-    elif waiting.barriers and not dry_run:
-        click.echo(f"{len(waiting.barriers):,} places: readers go on")
+        print_json({"agents": list(waiting.agents), "unrecovered_ranges": ranges, "lost": lost, "dry_run": dry_run})
+    elif waiting.unrecovered_ranges and not dry_run:
+        click.echo(f"{len(waiting.unrecovered_ranges):,} unrecovered ranges are ended: readers go on")
 
 
 async def _call(bootstrap: str, lost: bool, dry_run: bool, reason: str) -> CompleteRestoreResponse:

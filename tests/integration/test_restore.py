@@ -164,7 +164,7 @@ async def test_postgresql_is_lost_and_everything_acknowledged_comes_back(
         await platform.lose_postgresql()
         planned = await cli(platform.environ, "restore", "--dry-run")
         report = await cli(platform.environ, "restore", "--yes")
-        same = ("backup", "topics", "segments", "adopted_segments", "adopted_records", "barriers")
+        same = ("backup", "topics", "segments", "adopted_segments", "adopted_records", "unrecovered_ranges")
         assert [planned[name] for name in same] == [report[name] for name in same]
         assert report["adopted_records"] >= 60 and report["recovered_topics"] == ["late"], report
         assert not report["missing_segments"] and not report["lost_spans"] and not report["stranded_segments"], report
@@ -200,7 +200,7 @@ async def before_the_loss(platform: Platform) -> None:
 async def after_the_loss(platform: Platform) -> None:
     await platform.start()
     waiting = await cli(platform.environ, "restore", "--complete", "--dry-run", "--bootstrap", platform.address)
-    assert waiting["agents"] == ["ingest-1", "ingest-2"] and waiting["barriers"]
+    assert waiting["agents"] == ["ingest-1", "ingest-2"] and waiting["unrecovered_ranges"]
     await cli(platform.environ, "restore", "--complete", "--yes", "--bootstrap", platform.address)
     before = {key: max(known) for key, known in platform.acknowledged.items()}
     for topic in ("orders", "payments", "late"):

@@ -30,7 +30,7 @@ KEY = PartitionKey(bytes.fromhex(TOPIC_ID), 0)
 WIDTH = 12
 
 
-def test_a_reader_waits_at_a_barrier_and_is_told_how_it_ends() -> None:
+def test_a_reader_waits_at_an_unrecovered_range_and_is_told_how_it_ends() -> None:
     cluster = ClusterIndex()
     cluster.apply(
         1,
@@ -46,7 +46,7 @@ def test_a_reader_waits_at_a_barrier_and_is_told_how_it_ends() -> None:
         ),
     )
     cluster.sessions["s"] = AgentSession("s", "", "ingest", "127.0.0.1:1")
-    barrier = Range(
+    unrecovered = Range(
         epoch=9,
         start_offset=0,
         limit_offset=100,
@@ -56,7 +56,7 @@ def test_a_reader_waits_at_a_barrier_and_is_told_how_it_ends() -> None:
         agent_id="",
         wal_id="",
     )
-    cluster.load_partition(KEY, 0, [barrier], [])
+    cluster.load_partition(KEY, 0, [unrecovered], [])
     step = plan(cluster, cluster.partitions[KEY], 0)
     assert isinstance(step, Wait) and "restore --complete" in step.reason
 

@@ -466,11 +466,11 @@ class CoordinatorApi:
         found, agents = await after_restore.complete(
             self._clients, lost=request.lost, dry_run=request.dry_run, reason=request.reason
         )
-        barriers = [
-            pb.RestoreBarrier(topic=topic, partition=row.partition, range=messages.offset_range(row))
+        unrecovered = [
+            pb.UnrecoveredRange(topic=topic, partition=row.partition, range=messages.offset_range(row))
             for topic, row in found
         ]
-        return pb.CompleteRestoreResponse(barriers=barriers, agents=agents)
+        return pb.CompleteRestoreResponse(unrecovered_ranges=unrecovered, agents=agents)
 
     # ---- events
 

@@ -1,4 +1,4 @@
-"""What a restore makes of a partition: the cover of what is stored, the jump, barriers and who splits them."""
+"""A restored partition: the selection of stored segments, the jump, unrecovered ranges and their split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -219,13 +219,13 @@ def test_the_next_range_begins_far_beyond_all_that_may_have_been_given_out() -> 
     assert start_of_next(rows[-1]) == 100 + WIDTH + JUMP_OFFSETS
 
 
-def test_a_barrier_lies_between_what_is_known_and_the_jump() -> None:
-    one, barrier = restored([owned(1, 0, 20)], epoch=1)
+def test_an_unrecovered_range_lies_between_what_is_known_and_the_jump() -> None:
+    one, unrecovered = restored([owned(1, 0, 20)], epoch=1)
     assert (one.status, one.limit_offset, one.wal_id) == (t.ORPHANED, 20, "bb" * 16), "it may still grow"
-    assert is_blank(barrier) and (barrier.start_offset, barrier.limit_offset) == (20, WIDTH + JUMP_OFFSETS)
+    assert is_blank(unrecovered) and (unrecovered.start_offset, unrecovered.limit_offset) == (20, WIDTH + JUMP_OFFSETS)
 
 
-def test_a_durable_topic_has_no_barrier() -> None:
+def test_a_durable_topic_has_no_unrecovered_range() -> None:
     rows = restored([owned(1, 0, 20)], 1, [found(30, 40, 2)], replace(TOPIC, min_acks=ACKS_DURABLE))
     assert [(row.status, row.end_offset) for row in rows] == [
         (t.SETTLED, 20),
@@ -235,19 +235,19 @@ def test_a_durable_topic_has_no_barrier() -> None:
     assert start_of_next(rows[-1]) > JUMP_OFFSETS
 
 
-def test_a_partition_nobody_had_led_has_a_barrier_from_the_beginning() -> None:
-    (barrier,) = restored([], epoch=0)
-    assert is_blank(barrier) and (barrier.epoch, barrier.start_offset) == (JUMP_EPOCHS, 0)
+def test_a_partition_nobody_had_led_has_an_unrecovered_range_from_the_beginning() -> None:
+    (unrecovered,) = restored([], epoch=0)
+    assert is_blank(unrecovered) and (unrecovered.epoch, unrecovered.start_offset) == (JUMP_EPOCHS, 0)
 
 
-def test_released_barriers_are_empty_and_keep_the_jump() -> None:
+def test_released_unrecovered_ranges_are_empty_and_keep_the_jump() -> None:
     rows = [released(row) for row in restored([owned(1, 0, 20)], epoch=1) if is_unrecovered(row)]
     (row,) = rows
     assert row.start_offset == row.registered_end == row.end_offset == row.limit_offset
     assert start_of_next(row) == WIDTH + JUMP_OFFSETS
 
 
-# ---- barriers
+# ---- unrecovered ranges
 
 
 def ranges_after(
@@ -262,7 +262,7 @@ def ranges_after(
     ]
 
 
-def test_an_agent_takes_its_part_out_of_the_barrier() -> None:
+def test_an_agent_takes_its_part_out_of_the_unrecovered_range() -> None:
     rows = restored([owned(1, 0, 20, wal_id="a")], epoch=1)
     last, end = rows[-1].epoch, rows[-1].limit_offset
     assert ranges_after(rows, "a", (1, 20, 25), (4, 2000, 2010)) == [

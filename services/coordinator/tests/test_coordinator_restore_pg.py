@@ -232,11 +232,11 @@ async def test_an_agent_brings_epochs_and_topics_that_only_its_log_knows(
             described = await restored.api.describe_topic(pb.DescribeTopicRequest(topic="later"))
             assert [item.partition for item in described.partitions] == [0, 1, 2, 3]
             waiting = await restored.api.complete_restore(pb.CompleteRestoreRequest(dry_run=True))
-            assert {(item.topic, item.partition) for item in waiting.barriers} == {
+            assert {(item.topic, item.partition) for item in waiting.unrecovered_ranges} == {
                 ("orders", 0), ("later", 0), ("later", 1), ("later", 2), ("later", 3),
             }  # fmt: skip
             await restored.api.complete_restore(pb.CompleteRestoreRequest())
-            assert not (await restored.api.complete_restore(pb.CompleteRestoreRequest())).barriers
+            assert not (await restored.api.complete_restore(pb.CompleteRestoreRequest())).unrecovered_ranges
             before = await rows_of(fresh)
             await restored.context.store.rebuild()
             assert await rows_of(fresh) == before
@@ -261,7 +261,7 @@ async def test_what_was_registered_and_is_in_no_object_is_registered_as_lost(
             assert ((10, 20), MISSING_REASON) in spans
 
 
-async def test_lost_barriers_are_told_to_readers(
+async def test_lost_unrecovered_ranges_are_told_to_readers(
     coordinator: CoordinatorService, open_agent: OpenAgent, dsn: str, fast: Fast
 ) -> None:
     async with platform(coordinator, open_agent) as stored, another_database(dsn) as fresh:
@@ -271,7 +271,7 @@ async def test_lost_barriers_are_told_to_readers(
             with pytest.raises(InvalidArgument, match="reason"):
                 await restored.api.complete_restore(pb.CompleteRestoreRequest(reason="why"))
             answer = await restored.api.complete_restore(pb.CompleteRestoreRequest(lost=True, reason="burnt"))
-            assert [(item.topic, item.range.status) for item in answer.barriers] == [("orders", "orphaned")]
+            assert [(item.topic, item.range.status) for item in answer.unrecovered_ranges] == [("orders", "orphaned")]
             described = await restored.api.describe_topic(pb.DescribeTopicRequest(topic="orders"))
             assert [item.status for item in described.partitions[0].ranges if item.status == "lost"] == ["lost"]
 

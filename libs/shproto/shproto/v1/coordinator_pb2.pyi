@@ -3216,7 +3216,9 @@ class CompleteRestoreRequest(_message.Message):
 Global___CompleteRestoreRequest: _TypeAlias = CompleteRestoreRequest  # noqa: Y015
 
 @_typing.final
-class RestoreBarrier(_message.Message):
+class UnrecoveredRange(_message.Message):
+    """Offsets that only logs of agents which are not back may hold."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOPIC_FIELD_NUMBER: _builtins.int
@@ -3241,16 +3243,16 @@ class RestoreBarrier(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RestoreBarrier: _TypeAlias = RestoreBarrier  # noqa: Y015
+Global___UnrecoveredRange: _TypeAlias = UnrecoveredRange  # noqa: Y015
 
 @_typing.final
 class CompleteRestoreResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    BARRIERS_FIELD_NUMBER: _builtins.int
+    UNRECOVERED_RANGES_FIELD_NUMBER: _builtins.int
     AGENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def barriers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RestoreBarrier]: ...
+    def unrecovered_ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnrecoveredRange]: ...
     @_builtins.property
     def agents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """ingest agents with a session"""
@@ -3258,12 +3260,12 @@ class CompleteRestoreResponse(_message.Message):
     def __init__(
         self,
         *,
-        barriers: _abc.Iterable[Global___RestoreBarrier] | None = ...,
+        unrecovered_ranges: _abc.Iterable[Global___UnrecoveredRange] | None = ...,
         agents: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "barriers", b"barriers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "unrecovered_ranges", b"unrecovered_ranges"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,7 +55,7 @@ class PartitionReport:
     log_start_moved: tuple[int, int] | None = None
     lost: list[tuple[int, int, int]] = field(default_factory=list)
     stranded: list[tuple[int, int, int]] = field(default_factory=list)
-    barriers: int = 0
+    unrecovered_ranges: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,7 +73,7 @@ class RestoreReport:
     adopted_segments: int = 0
     adopted_records: int = 0
     missing_segments: int = 0
-    barriers: int = 0
+    unrecovered_ranges: int = 0
     stranded_segments: int = 0
     lost_spans: int = 0
     damaged_objects: list[str] = field(default_factory=list)
@@ -313,7 +313,7 @@ def _account(
         log_start_moved=(before, after) if before != after else None,
         lost=[(span.epoch, span.base_offset, span.end_offset) for span in selection.lost],
         stranded=[(item.segment.epoch, item.base_offset, item.end_offset) for item in selection.stranded],
-        barriers=restored.unrecovered,
+        unrecovered_ranges=restored.unrecovered_ranges,
     )
     report.segments += len(selection.chosen) - len(restored.adopted)
     report.adopted_segments += part.adopted_segments
@@ -321,7 +321,7 @@ def _account(
     report.missing_segments += part.missing_segments
     report.lost_spans += len(part.lost)
     report.stranded_segments += len(part.stranded)
-    report.barriers += part.barriers
+    report.unrecovered_ranges += part.unrecovered_ranges
     if part.adopted_segments or part.missing_segments or part.log_start_moved or part.lost or part.stranded:
         report.changed.append(part)
 

@@ -45,14 +45,14 @@ SEGMENTS_PER_EVENT = 1000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoredPartition:
     """A planned partition, as `events` in order. `selection`: the chosen segments. `adopted`: segments that the
-    backup does not name. `missing`: segments of the backup without an object. `unrecovered`: the number of
-    unrecovered ranges."""
+    backup does not name. `missing`: segments of the backup without an object. `unrecovered_ranges`: their
+    number."""
 
     events: list[Event]
     selection: Selection
     adopted: list[SegmentCandidate]
     missing: list[SegmentRow]
-    unrecovered: int
+    unrecovered_ranges: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,11 @@ def restore_partition(known: BackedUpPartition, *, accept_holes: bool) -> Restor
     adopted = [item for item in found.chosen if item.segment.segment_id not in rows]
     events = _events(known, found, ranges, adopted)
     return RestoredPartition(
-        events=events, selection=found, adopted=adopted, missing=missing, unrecovered=sum(map(is_unrecovered, ranges))
+        events=events,
+        selection=found,
+        adopted=adopted,
+        missing=missing,
+        unrecovered_ranges=sum(map(is_unrecovered, ranges)),
     )
 
 

@@ -4,8 +4,7 @@ Pure.
 An unrecovered range is orphaned and has neither agent nor log. With epoch n an unrecovered range stands for all epochs
 above the previous range up to n, and for the rest of the previous range if that has no known end: the previous range
 ends where the unrecovered range begins, until its agent reports more. Readers wait at an unrecovered range. An agent
-that opens a session with a log of such an epoch gets the part as a range of its own. Messages call unrecovered ranges
-barriers.
+that opens a session with a log of such an epoch gets the part as a range of its own.
 
 Invariant: the ranges of a partition ascend by epoch and by offset alike.
 """
