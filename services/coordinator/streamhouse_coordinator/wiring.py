@@ -41,7 +41,7 @@ from streamhouse_coordinator.sweeper import Pruner, Sweeper
 log = logging.getLogger(__name__)
 
 # Running calls take milliseconds; event streams never end by themselves and are cut after this time.
-SERVER_STOP_GRACE_MS = 500
+CALL_GRACE_MS = 500
 
 # PostgreSQL fails over within seconds; a waiting coordinator asks at most this often.
 START_RETRY_FIRST_MS, START_RETRY_MS_MAX = 100, 5_000
@@ -276,4 +276,4 @@ async def run(settings: CoordinatorSettings) -> None:
         return _Process(build(settings))
 
     # Running calls take milliseconds, and need PostgreSQL to the last; event streams never end by themselves.
-    await service.run(settings, over_database, call_grace_ms=SERVER_STOP_GRACE_MS, calls_end_first=True)
+    await service.run(settings, over_database, call_grace_ms=CALL_GRACE_MS, calls_end_first=True)
