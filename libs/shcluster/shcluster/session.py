@@ -67,7 +67,7 @@ class SessionKeeper:
             lambda: self._coordinator.open_session(request), backoff, _log_refusals(), self._clock.sleep_ms
         )
         self.token, self._interval_ms = opened.session_token, opened.heartbeat_interval_ms
-        log.info("session %s is open", opened.session_id)
+        log.info("session %s of %s %s is open", opened.session_id, self._role, request.agent_id)
 
     async def run(
         self,

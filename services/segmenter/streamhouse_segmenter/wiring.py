@@ -1,6 +1,5 @@
 """Puts a segmenter together: the only place that names concrete classes."""
 
-import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
@@ -21,8 +20,6 @@ from streamhouse_segmenter.adapters.loop_worker import LoopWorker
 from streamhouse_segmenter.ports import Ports
 from streamhouse_segmenter.service import Segmenter
 from streamhouse_segmenter.settings import SegmenterSettings
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -108,7 +105,6 @@ class _Process:
             worker = NamekoWorker(self.settings, self.segmenter.api)
             worker.start()
             self.stop_waker = worker.stop
-        log.info("segmenter %s serves health checks on %s", self.segmenter.api.worker_id, address)
 
     async def failed(self) -> None:
         await self.segmenter.tasks.raise_failure()
