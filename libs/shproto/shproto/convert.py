@@ -7,7 +7,8 @@ from shproto.v1 import types_pb2
 
 
 def range_from_proto(item: types_pb2.OffsetRange) -> Range:
-    """Returns the range of a message. Raises ValueError if the status is unknown."""
+    """Returns the range of a message, without `orphaned_ms`: events of older versions lack that time, so an index that
+    follows events would differ from one that a snapshot replaced. Raises ValueError if the status is unknown."""
     return Range(
         epoch=item.epoch,
         start_offset=item.start_offset,
@@ -18,7 +19,6 @@ def range_from_proto(item: types_pb2.OffsetRange) -> Range:
         agent_id=item.agent_id,
         wal_id=item.wal_id.hex(),
         acknowledged_end=item.acknowledged_end if item.HasField("acknowledged_end") else None,
-        orphaned_ms=item.orphaned_ms,
     )
 
 

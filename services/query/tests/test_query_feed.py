@@ -1,13 +1,10 @@
 """Following the event feed: reconnects, resumes by position, takes a new snapshot when history changed; the session."""
 
 import asyncio
-from dataclasses import replace
 
 import pytest
-from shcluster.index import PartitionIndex
 from shproto.acks import ACKS_DURABLE
 from shproto.errors import Unavailable
-from shproto.model import Range
 from shproto.v1 import query_pb2
 from streamhouse_coordinator.core.tables import SESSIONS
 from streamhouse_coordinator.recovery import rollback_detection
@@ -27,18 +24,13 @@ async def eventually(condition: "object") -> None:
             await asyncio.sleep(0.005)
 
 
-def ranges_of(partition: PartitionIndex) -> list[Range]:
-    """Returns the ranges without the time at which they lost their leader: the index takes it from snapshots alone."""
-    return [replace(item, orphaned_ms=0) for item in partition.ranges]
-
-
 def state_of(service: QueryService) -> object:
     """All that the index knows, comparable."""
     cluster = service._index.cluster
     return (
         cluster.position,
         {
-            key: (item.log_start_offset, ranges_of(item), item.segments, item._bases, item.durable_only)
+            key: (item.log_start_offset, item.ranges, item.segments, item._bases, item.durable_only)
             for key, item in cluster.partitions.items()
         },
         cluster.topics,

@@ -224,7 +224,7 @@ class OffsetRange(_message.Message):
     agent_id: _builtins.str
     wal_id: _builtins.bytes
     orphaned_ms: _builtins.int
-    """when its leader was lost; only of orphaned ranges, in DescribeTopic and GetStatus"""
+    """when its leader was lost; only of orphaned ranges, for people: no index keeps it"""
     acknowledged_end: _builtins.int
     """Set when the range's log came back without all that it had acknowledged: up to here. Such a range stays orphaned until
     the rest is back, or an operator gives it up.
