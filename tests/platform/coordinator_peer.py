@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
-from shproto.errors import Unavailable
+from shproto.errors import AWAY, Unavailable
 from shproto.v1 import coordinator_pb2
 
 from tests.platform.peer import Peer
@@ -20,11 +20,13 @@ from tests.platform.platform import Platform
 
 
 class CoordinatorPeer(Peer):
-    """`feed_paused`: open event streams hold back what comes. `wake` lets them see that a knob was turned."""
+    """`feed_paused`: open event streams hold back what comes. `database_away`: calls are refused for want of
+    PostgreSQL, and event streams bring nothing. `wake` lets them see that a knob was turned."""
 
     def __init__(self, api: Any) -> None:
         super().__init__(api, "the coordinator")
         self.feed_paused = False
+        self.database_away = False
         self._cuts = 0
         self._error: Exception = Unavailable("stream cut")
         self._turned = asyncio.get_running_loop().create_future()
@@ -39,8 +41,14 @@ class CoordinatorPeer(Peer):
         self._error = error or Unavailable("stream cut")
         self.wake()
 
+    def _must_be_up(self, name: str) -> None:
+        super()._must_be_up(name)
+        if self.database_away and name != "follow_events":  # coordinators keep their streams
+            self.refused[name] += 1
+            raise Unavailable("PostgreSQL does not answer", database=AWAY)
+
     async def follow_events(self, request: coordinator_pb2.FollowEventsRequest) -> AsyncIterator[coordinator_pb2.Event]:
-        self._must_be_up()
+        self._must_be_up("follow_events")
         self.calls["follow_events"] += 1
         cuts = self._cuts
         # Nothing listens at the addresses of services under test: a coordinator that looks for the process behind a
@@ -58,13 +66,13 @@ class CoordinatorPeer(Peer):
 
         async with background(read()) as reading:
             while True:
-                while not coming or self.feed_paused:
+                while not coming or self.feed_paused or self.database_away:
                     await asyncio.wait({reading, self._turned}, return_when=asyncio.FIRST_COMPLETED)
                     if reading.done():
                         await reading  # raises why the stream ended
                     if self._cuts != cuts:
                         raise self._error
-                    self._must_be_up()
+                    self._must_be_up("follow_events")
                 yield coming.popleft()
 
 

@@ -2,12 +2,14 @@
 
 A test that needs an odd answer sets one method of the peer, and calls the real one from it.
 
-Owns: whether the service can be reached, and the record of calls that it answered. Does not own: the service.
+Owns: whether the service can be reached, what is held up on the way, and the record of calls. Does not own: the
+service.
 Invariants: a request reaches the service unchanged; an answer that is recorded is the service's own.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
@@ -17,17 +19,47 @@ from typing import Any
 from shproto.errors import Unavailable
 
 
+class Held:
+    """Unary calls of one method that wait until `release`. `requests`: those that came."""
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+        self._released = asyncio.Event()
+
+    def release(self) -> None:
+        self._released.set()
+
+    async def wait(self, request: Any) -> None:
+        self.requests.append(request)
+        await self._released.wait()
+
+
 class Peer:
-    """`down`: calls are refused as Unavailable, with `name` in the message. `calls` counts those that
-    reached the service, by method; `requests` and `answers`: of all unary calls that were answered."""
+    """`down`: calls are refused as Unavailable, with `name` in the message. `calls` counts those that reached the
+    service, by method, `refused` the others; `requests` and `answers`: of all unary calls that were answered.
+    `slow_ms`: how much later the answers of a unary method come, by method."""
 
     def __init__(self, api: Any, name: str) -> None:
         self.api = api
         self.name = name
         self.down = False
+        self.slow_ms: dict[str, int] = {}
         self.calls: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
         self.requests: dict[str, list[Any]] = defaultdict(list)
         self.answers: dict[str, list[Any]] = defaultdict(list)
+        self._held_requests: dict[str, Held] = {}
+        self._held_answers: dict[str, Held] = {}
+
+    def hold(self, name: str) -> Held:
+        """Holds the requests of a unary method on their way to the service, from now on."""
+        self._held_requests[name] = Held()
+        return self._held_requests[name]
+
+    def hold_answers(self, name: str) -> Held:
+        """Holds the answers of a unary method: the service has done what it was asked for."""
+        self._held_answers[name] = Held()
+        return self._held_answers[name]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -37,26 +69,33 @@ class Peer:
 
     def _unary(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         async def call(request: Any) -> Any:
-            self._must_be_up()
+            self._must_be_up(name)
+            if name in self._held_requests:
+                await self._held_requests[name].wait(request)
             self.calls[name] += 1
             answer = await method(request)
             self.requests[name].append(request)
             self.answers[name].append(answer)
+            if name in self._held_answers:
+                await self._held_answers[name].wait(request)
+            if name in self.slow_ms:
+                await asyncio.sleep(self.slow_ms[name] / 1000)
             return answer
 
         return call
 
     def _stream(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         async def stream(request: Any) -> AsyncIterator[Any]:
-            self._must_be_up()
+            self._must_be_up(name)
             self.calls[name] += 1
             async with aclosing(method(request)) as items:
                 async for item in items:
-                    self._must_be_up()
+                    self._must_be_up(name)
                     yield item
 
         return stream
 
-    def _must_be_up(self) -> None:
+    def _must_be_up(self, name: str) -> None:
         if self.down:
+            self.refused[name] += 1
             raise Unavailable(f"{self.name} is down")

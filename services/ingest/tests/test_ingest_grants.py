@@ -1,6 +1,5 @@
 """Keeping up with the grants: what is asked for, and that nothing is missed by asking for little."""
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -153,13 +152,11 @@ def test_more_than_a_question_may_name_did_not_fit() -> None:
 
 
 class Asked:
-    """Notes what each GetGrants named; answers wait for `gate`."""
+    """Notes what each GetGrants named."""
 
     def __init__(self, world: World) -> None:
         self.asked: list[set[int]] = []
         self.epochs: list[set[int]] = []
-        self.gate = asyncio.Event()
-        self.gate.set()
         self.refuse = 0
         self.refuse_settling = False
         peer = world.coordinator
@@ -177,9 +174,7 @@ class Asked:
         if self.refuse:
             self.refuse -= 1
             raise Unavailable("not now")
-        answer = await self._get_grants(request)
-        await self.gate.wait()
-        return answer
+        return await self._get_grants(request)
 
 
 @pytest.fixture
@@ -232,14 +227,14 @@ async def test_a_range_that_is_finished_while_its_end_is_asked_for_is_dropped(
     logs, first = service.agent.running().logs, RangeKey(topic_id, 0, 1)
     await eventually(lambda: logs.led("orders", 0) is not None)
     asked = len(coordinator.asked)
-    coordinator.gate.clear()
+    answers = world.coordinator.hold_answers("get_grants")
     await world.settle(first, 10)
     await eventually(lambda: len(coordinator.asked) > asked)
     assert await world.register(first, 0, 10)
     held = logs.get(first)
     assert held is not None
     await eventually(lambda: held.log.registered_end == 10)
-    coordinator.gate.set()
+    answers.release()
     await eventually(lambda: logs.get(first) is None)
     await kill(service)
 
@@ -306,12 +301,12 @@ async def test_a_range_that_is_finished_while_a_question_is_under_way_does_not_c
     service, older = await _with_older_range(tmp_path, world)
     running = service.agent.running()
     asked = len(coordinator.asked)
-    coordinator.gate.clear()
+    answers = world.coordinator.hold_answers("get_grants")
     running.grants.want_all()
     await eventually(lambda: len(coordinator.asked) > asked)
     assert await world.register(older, 0, 10)
     await eventually(lambda: running.current_session.position == world.position)
-    coordinator.gate.set()
+    answers.release()
     await eventually(lambda: running.logs.get(older) is None and not running.grants._pending)
     assert "report_lost" not in world.coordinator.calls and service.tasks.error is None
     await kill(service)

@@ -39,7 +39,6 @@ from streamhouse_ingest.ports import (
 from services.ingest.tests.ingest_wal_files import (
     KEY,
     OTHER,
-    file_size_limit,
     flip,
     frame,
     positions_of,
@@ -47,6 +46,7 @@ from services.ingest.tests.ingest_wal_files import (
     spans,
     unreadable,
 )
+from tests.platform.disk import full_disk
 
 
 def new_wal(
@@ -270,7 +270,7 @@ def test_g7_a_directory_is_opened_on_a_full_disk(tmp_path: Path):
     path = tmp_path / "wal"
     WalDirectory.open(path, "agent-1").close()
     (path / "lock").write_bytes(b"")
-    with file_size_limit(0):
+    with full_disk(0):
         again = WalDirectory.open(path, "agent-1")
     try:
         with pytest.raises(WalLocked, match="pid unknown"):
@@ -306,7 +306,7 @@ def test_a_full_disk_leaves_nothing_of_the_group_and_writing_goes_on_when_there_
     wal = new_wal(directory)
     wal.append([frame(0, b"a")])
     good = wal.active_bytes
-    with file_size_limit(good + 5000):
+    with full_disk(good + 5000):
         for _ in range(2):
             with pytest.raises(WalFull):
                 wal.append([frame(1, b"b"), frame(2, os.urandom(20_000))])
@@ -320,7 +320,7 @@ def test_a_full_disk_leaves_nothing_of_the_group_and_writing_goes_on_when_there_
 
 def test_a_disk_too_full_for_a_new_file_leaves_no_file(directory: WalDirectory):
     wal = new_wal(directory)
-    with file_size_limit(10), pytest.raises(WalFull):
+    with full_disk(10), pytest.raises(WalFull):
         wal.append([frame(0, b"a")])
     assert directory.sequences() == []
     wal.append([frame(0, b"a")])
@@ -419,7 +419,7 @@ def test_no_file_is_begun_before_it_is_noted_that_the_damage_of_older_ones_was_t
     found = replay(directory)
     assert found.replay.gaps.corrupt_frames
     wal = new_wal(directory, found.next_sequence)
-    with file_size_limit(0):
+    with full_disk(0):
         with pytest.raises(OSError, match="large"):
             wal.mark_settled()
         with pytest.raises(WalFull):

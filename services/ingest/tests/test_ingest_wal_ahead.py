@@ -40,7 +40,6 @@ from streamhouse_ingest.ports import Frame, WalBroken, WalFull, WrongIdentity
 from services.ingest.tests.ingest_wal_files import (
     KEY,
     OTHER,
-    file_size_limit,
     flip,
     frame,
     positions_of,
@@ -48,6 +47,7 @@ from services.ingest.tests.ingest_wal_files import (
     spans,
     unreadable,
 )
+from tests.platform.disk import full_disk
 
 AHEAD = 8192
 SECTOR = 512
@@ -178,7 +178,7 @@ def test_a_disk_without_room_for_zeros_takes_the_group_all_the_same(directory: W
     wal = new_wal(directory)
     wal.append([plain(0, os.urandom(AHEAD))])
     path = directory.file_path(1)
-    with file_size_limit(wal.active_bytes + 2000):
+    with full_disk(wal.active_bytes + 2000):
         wal.append([plain(1, os.urandom(500))])
         assert path.stat().st_size == wal.active_bytes
         wal.append([plain(2, os.urandom(500))])
@@ -196,7 +196,7 @@ def test_what_a_full_disk_took_of_a_group_is_gone_from_the_space_ahead(directory
     wal = new_wal(directory)
     wal.append([plain(0, b"a")])
     path = directory.file_path(1)
-    with file_size_limit(path.stat().st_size), pytest.raises(WalFull):
+    with full_disk(path.stat().st_size), pytest.raises(WalFull):
         wal.append([plain(1 + i, os.urandom(1000)) for i in range(10)])
     assert path.stat().st_size == wal.active_bytes
     wal.append([plain(1, b"b")])
