@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import resource
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from streamhouse_ingest.ports import Seen, WalDirectoryError
 
 from services.ingest.tests.ingest_agents import eventually, kill, started, wal_files
 from services.ingest.tests.ingest_world import World, new_world, segmenting
-from services.ingest.tests.test_ingest_service import DURABLE, led, request, running
+from services.ingest.tests.test_ingest_service import DURABLE, beats, led, request, running
 from tests.platform.coordinator import Metadata
+from tests.platform.disk import full_disk
 
 
 @pytest.fixture
@@ -57,16 +57,11 @@ async def test_the_log_keeps_what_it_has_heard_of_before_it_drops_anything(tmp_p
 async def test_g7_a_full_disk_does_not_end_an_agent_that_could_give_its_log_away(tmp_path: Path, world: World) -> None:
     """Found by simulation: it ended, and could not start again, over the note."""
     async with running(tmp_path, world.coordinator) as service:
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))  # as a full disk, but with EFBIG
-        try:
+        with full_disk(10):
             await world.create_topic("more")
             position = world.position
-            beats = world.coordinator.calls["heartbeat"]
-            await eventually(lambda: world.coordinator.calls["heartbeat"] > beats + 3)
+            await beats(world)
             assert not service.tasks.failed.is_set() and noted(tmp_path)[1] < position
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
         await eventually(lambda: noted(tmp_path)[1] >= position)
 
 

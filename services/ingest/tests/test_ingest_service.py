@@ -1,4 +1,4 @@
-"""The agent as a whole, over a real directory, with a coordinator and a segmenter in memory."""
+"""The agent as a whole, over a real directory, with the real coordinator and a segmenter over stores in memory."""
 
 import asyncio
 import contextlib
@@ -25,13 +25,14 @@ from shformat import (
     stamp_batch,
     validate_new_batch,
 )
-from shproto import errors
+from shproto import errors, events
 from shproto.keys import RangeKey
 from shproto.v1 import coordinator_pb2, types_pb2
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import ManualClock
 from shruntime.settings import SettingsError
 from shruntime.tasks import Tasks
+from streamhouse_coordinator.core import tables as t
 from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.log.buffer import WalPosition
@@ -46,11 +47,13 @@ from streamhouse_ingest.log.wal_space import WalSpace
 from streamhouse_ingest.ports import Frame, LogFiles, WalBroken, WalDamaged, WalLocked
 from streamhouse_ingest.produce import request_rules
 from streamhouse_ingest.settings import IngestSettings
-from streamhouse_ingest.wiring import IngestService
+from streamhouse_ingest.wiring import IngestService, build
 
-from services.ingest.tests.ingest_agents import eventually, flip_bit, kill, pull, started, wal_files
-from services.ingest.tests.ingest_standins import CoordinatorStandIn, Range, SegmenterStandIn
-from services.ingest.tests.ingest_world import World, segmenting
+from services.ingest.tests.ingest_agents import eventually, flip_bit, kill, pull, settings, started, wal_files
+from services.ingest.tests.ingest_world import World, new_world, segmenting
+from tests.platform.disk import full_disk, held_disk
+from tests.platform.log_agent import LogAgent
+from tests.platform.platform import stored_records
 
 WAL, DURABLE, NONE = types_pb2.ACKS_WAL, types_pb2.ACKS_DURABLE, types_pb2.ACKS_NONE
 
@@ -99,76 +102,57 @@ async def running(directory: Path, coordinator: Any, **overrides: object) -> Asy
         await kill(service)
 
 
-@contextlib.asynccontextmanager
-async def draining(segmenter: SegmenterStandIn) -> AsyncIterator[None]:
-    task = asyncio.create_task(segmenter.run())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
 @pytest.fixture
 async def orders(world: World) -> bytes:
     """The id of a topic at the real coordinator."""
     return await world.create_topic("orders", 2)
 
 
-@pytest.fixture
-def coordinator() -> CoordinatorStandIn:
-    return CoordinatorStandIn()
-
-
-@pytest.fixture
-def topic_id(coordinator: CoordinatorStandIn) -> bytes:
-    return coordinator.create("orders", 2)
-
-
 # ---- the way of a batch
 
 
 async def test_a_batch_is_acknowledged_read_from_the_tail_sealed_registered_and_trimmed(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
-    service = await started(tmp_path, coordinator)
+    service = await started(tmp_path, world.coordinator)
     await led(service)
     first = await service.api.produce(request(b"a", b"b"))
     second = await service.api.produce(request(b"c"))
     assert (first.base_offset, first.record_count, second.base_offset, second.epoch) == (0, 2, 2, 1)
-    tail = await read(service, topic_id, 1)
+    tail = await read(service, orders, 1)
     assert values_of(tail) == [b"a", b"b", b"c"]
     assert (tail.high_watermark, tail.tail_start_offset) == (3, 0)
-    segmenter = SegmenterStandIn(coordinator, service)
-    async with draining(segmenter):
+    async with segmenting(world, service):
         durable = await service.api.produce(request(b"d", acks=DURABLE))
         assert durable.base_offset == 3
-        assert values_of(await read(service, topic_id, 0)) == [b"a", b"b", b"c", b"d"], "kept for readers"
+        assert values_of(await read(service, orders, 0)) == [b"a", b"b", b"c", b"d"], "kept for readers"
         await service.stop()
-    assert [r.values.to_list() for r in segmenter.segments.values()] == [[b"a", b"b", b"c", b"d"]]
+    first_range = RangeKey(orders, 0, 1)
+    assert await world.stored(first_range) == [(0, b"a"), (1, b"b"), (2, b"c"), (3, b"d")]
+    assert len(world.segments_of(first_range)) == 1
     assert not wal_files(tmp_path)
-    assert coordinator.ranges[(topic_id, 0, 1)].end == 4
+    assert world.range(first_range).end_offset == 4
     with pytest.raises(errors.ShuttingDown):
         await service.api.produce(request(b"e"))
 
 
 async def test_g1_after_a_crash_everything_acknowledged_is_there_at_its_offset(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
-    async with running(tmp_path, coordinator) as service:
+    first = RangeKey(orders, 0, 1)
+    async with running(tmp_path, world.coordinator) as service:
         for i in range(10):
             assert (await service.api.produce(request(b"%d" % i, acks=WAL))).base_offset == i
-    async with running(tmp_path, coordinator) as service:
-        assert coordinator.ranges[(topic_id, 0, 1)].end == 10
+    async with running(tmp_path, world.coordinator) as service:
+        assert world.range(first).end_offset == 10
         answer = await service.api.produce(request(b"new"))
         assert (answer.base_offset, answer.epoch) == (10, 2)
-        assert values_of(await read(service, topic_id, 4)) == [b"%d" % i for i in range(4, 10)]
-        assert values_of(await read(service, topic_id, 10)) == [b"new"]
-        segmenter = SegmenterStandIn(coordinator, service)
-        await eventually(lambda: coordinator.buffers)
-        await segmenter.drain()
-        assert segmenter.segments[(topic_id, 0, 1, 0)].values.to_list() == [b"%d" % i for i in range(10)]
-        assert (await pull(service, (topic_id, 0, 2), 10, 11)).values.to_list() == [b"new"]
+        assert values_of(await read(service, orders, 4)) == [b"%d" % i for i in range(4, 10)]
+        assert values_of(await read(service, orders, 10)) == [b"new"]
+        async with segmenting(world, service):
+            await eventually(lambda: world.range(first).registered_end == 10)
+        assert await world.stored(first) == [(i, b"%d" % i) for i in range(10)]
+        assert (await pull(service, (orders, 0, 2), 10, 11)).values.to_list() == [b"new"]
 
 
 async def test_plain_records_are_encoded_by_the_server(tmp_path: Path, world: World, orders: bytes):
@@ -236,13 +220,11 @@ async def test_g7_many_plain_bytes_are_encoded_beside_the_event_loop(
     assert [name == threading.current_thread().name for name in threads] == [True, False]
 
 
-async def test_acks_none_is_answered_at_once_and_still_written(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
-    coordinator.topics["orders"].min_acks = NONE
-    async with running(tmp_path, coordinator) as service:
+async def test_acks_none_is_answered_at_once_and_still_written(tmp_path: Path, world: World):
+    orders = await world.create_topic("orders", 2, min_acks=NONE)
+    async with running(tmp_path, world.coordinator) as service:
         assert (await service.api.produce(request(b"a", acks=NONE))).base_offset == -1
-        found = await read(service, topic_id, 0, max_wait_ms=2000)
+        found = await read(service, orders, 0, max_wait_ms=300_000)
         assert values_of(found) == [b"a"]
 
 
@@ -365,36 +347,37 @@ async def test_a_name_nobody_knows_is_asked_for_once_a_second(tmp_path: Path, wo
         assert world.coordinator.calls["get_metadata"] == 1
 
 
-async def test_a_partition_led_elsewhere_says_so(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
-    async with running(tmp_path, coordinator) as service:
-        row = coordinator.ranges[(topic_id, 1, 1)]
-        row.agent_id, row.wal_id = "agent-2", b"2" * 16
-        await service.agent.running().grants.refresh()
-        with pytest.raises(errors.NotLeader) as caught:
-            await service.api.produce(request(b"v", partition=1))
-        assert caught.value.details == {"topic": "orders", "partition": "1", "outcome": errors.NOT_WRITTEN}
+async def test_a_partition_led_elsewhere_says_so(tmp_path: Path, world: World):
+    service = await started(tmp_path, world.coordinator)
+    other = LogAgent(world.service.api, "agent-2")
+    await other.open()
+    await world.create_topic("orders", 2)
+    (elsewhere,) = [row.partition for row in world.rows(t.RANGES) if row.agent_id == "agent-2"]
+    await led(service, partition=1 - elsewhere)
+    with pytest.raises(errors.NotLeader) as caught:
+        await service.api.produce(request(b"v", partition=elsewhere))
+    assert caught.value.details == {"topic": "orders", "partition": str(elsewhere), "outcome": errors.NOT_WRITTEN}
+    await kill(service)
 
 
-async def test_a_topic_just_created_is_found_before_its_event_arrives(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
-):
-    async with running(tmp_path, coordinator) as service:
-        monkeypatch.setattr(coordinator, "emit", lambda event: None)
-        coordinator.create("late")
+async def test_a_topic_just_created_is_found_before_its_event_arrives(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator) as service:
+        world.coordinator.feed_paused = True
+        await world.create_topic("late")
         assert (await service.api.produce(request(b"v", topic="late"))).base_offset == 0
 
 
 async def test_g1_a_topic_created_again_takes_its_own_writes_before_the_agent_has_heard_of_it(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
     """Not into the log of the deleted one, which nobody will ever read; nor late batches for that one into the new."""
     old, new = request(b"old"), request(b"new")
-    old.topic_id = topic_id
-    async with running(tmp_path, coordinator) as service:
+    old.topic_id = orders
+    async with running(tmp_path, world.coordinator) as service:
         await service.api.produce(old)
-        coordinator.delete("orders")
-        new.topic_id = coordinator.create("orders")
-        async with asyncio.timeout(30):
+        await world.delete_topic("orders")
+        new.topic_id = await world.create_topic("orders")
+        async with asyncio.timeout(60):
             while True:  # as a producer does
                 try:
                     assert (await service.api.produce(new)).base_offset == 0
@@ -446,10 +429,10 @@ async def test_g5_the_next_leader_knows_the_producers_from_the_snapshot(tmp_path
 
 
 @contextlib.asynccontextmanager
-async def serving(directory: Path, coordinator: Any, **overrides: object) -> AsyncIterator[IngestService]:
+async def serving(directory: Path, world: World, **overrides: object) -> AsyncIterator[IngestService]:
     """An agent that leads both partitions, and whose buffers are registered; stopped at the end."""
-    service = await started(directory, coordinator, **overrides)
-    async with draining(SegmenterStandIn(coordinator, service)):
+    service = await started(directory, world.coordinator, **overrides)
+    async with segmenting(world, service):
         for partition in range(2):
             await led(service, partition=partition)
         yield service
@@ -462,33 +445,36 @@ async def write_to_both(service: IngestService, producer_id: int) -> list[bool]:
     return [(await service.api.produce(request(b"a", partition=n, stamp=stamp))).duplicate for n in range(2)]
 
 
+def answer_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the coordinator's answers report the producers of one range at a time."""
+    monkeypatch.setattr("streamhouse_coordinator.core.sessions.SNAPSHOTS_BYTES_MAX", 1)
+
+
 async def test_g5_the_next_leader_knows_the_producers_that_do_not_fit_into_an_answer(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes, monkeypatch: pytest.MonkeyPatch
 ):
-    async with serving(tmp_path / "a", coordinator) as service:
+    async with serving(tmp_path / "a", world) as service:
         assert await write_to_both(service, 7) == [False, False]
-    coordinator.told_bytes_max = 1
-    async with serving(tmp_path / "b", coordinator, agent_id="agent-2") as other:
+    answer_in_pieces(monkeypatch)
+    async with serving(tmp_path / "b", world, agent_id="agent-2") as other:
         assert await write_to_both(other, 7) == [True, True]
+    assert any(grant.snapshot_omitted for answer in world.coordinator.answers["get_grants"] for grant in answer.grants)
 
 
-class InPieces(CoordinatorStandIn):
-    """Tells of one range's producers at a time, once `begun`; GetGrants then first fails with each of `failures`."""
+def fail_get_grants(world: World, *failures: errors.StreamHouseError) -> list[errors.StreamHouseError]:
+    """Has GetGrants first fail with each of these, and returns those that are left. SessionExpired ends the session."""
+    left, get_grants = list(failures), world.coordinator.get_grants
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.failures: list[errors.StreamHouseError] = []
-
-    def begin(self, *failures: errors.StreamHouseError) -> None:
-        self.told_bytes_max, self.failures = 1, list(failures)
-
-    async def get_grants(self, asked: coordinator_pb2.GetGrantsRequest) -> coordinator_pb2.GetGrantsResponse:
-        if self.failures:
-            failure = self.failures.pop(0)
+    async def failing(asked: coordinator_pb2.GetGrantsRequest) -> coordinator_pb2.GetGrantsResponse:
+        if left:
+            failure = left.pop(0)
             if isinstance(failure, errors.SessionExpired):
-                self.expire_all()
+                await world.expire_all()
             raise failure
-        return await super().get_grants(asked)
+        return await get_grants(asked)
+
+    world.coordinator.get_grants = failing
+    return left
 
 
 @pytest.mark.parametrize(
@@ -501,95 +487,105 @@ class InPieces(CoordinatorStandIn):
     ids=["in one go", "with failures", "too slow for its session"],
 )
 async def test_g5_who_comes_back_announces_what_also_says_of_producers_that_did_not_fit_into_an_answer(
-    tmp_path: Path, failures: list[errors.StreamHouseError]
+    tmp_path: Path,
+    world: World,
+    orders: bytes,
+    failures: list[errors.StreamHouseError],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     """Of these only the coordinator knows: they wrote before the agent led. Its announcement is all that the next
     leader hears of them."""
-    coordinator = InPieces()
-    coordinator.create("orders", 2)
-    async with serving(tmp_path / "a", coordinator) as service:
+    async with serving(tmp_path / "a", world) as service:
         assert await write_to_both(service, 7) == [False, False]
     back = {"agent_id": "agent-2"}
-    async with running(tmp_path / "b", coordinator, **back) as service:
+    async with running(tmp_path / "b", world.coordinator, **back) as service:
         await led(service, partition=1)
         assert await write_to_both(service, 8) == [False, False]
-    opened = len(coordinator.opened)
-    coordinator.begin(*failures)
-    async with serving(tmp_path / "b", coordinator, **back) as service:
-        await eventually(lambda: all(row.finished for row in coordinator.ranges.values() if row.epoch == 2))
+    opened = len(world.coordinator.requests["open_session"])
+    answer_in_pieces(monkeypatch)
+    fail_get_grants(world, *failures)
+    async with serving(tmp_path / "b", world, **back) as service:
+        await eventually(lambda: not any(row.unfinished for row in world.rows(t.RANGES) if row.epoch == 2))
     expired = any(isinstance(failure, errors.SessionExpired) for failure in failures)
-    assert len(coordinator.opened) - opened == 1 + expired
-    assert len({request.session_token for request in coordinator.opened[opened:]}) == 1, "nothing was written in it"
-    async with serving(tmp_path / "c", coordinator, agent_id="agent-3") as other:
+    requests = world.coordinator.requests["open_session"][opened:]
+    sessions = [item for item in requests if item.role == "ingest"]
+    assert len(sessions) == 1 + expired
+    assert len({item.session_token for item in sessions}) == 1, "nothing was written in it"
+    async with serving(tmp_path / "c", world, agent_id="agent-3") as other:
         assert await write_to_both(other, 8) == [True, True]
         assert await write_to_both(other, 7) == [True, True]
 
 
-async def test_no_session_is_completed_over_a_log_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    coordinator = InPieces()
-    coordinator.create("orders", 2)
-    async with running(tmp_path, coordinator) as service:
-        await led(service, partition=1)
+async def test_no_session_is_completed_over_a_log_that_failed(
+    tmp_path: Path, world: World, orders: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    async with serving(tmp_path / "a", world) as service:
         assert await write_to_both(service, 7) == [False, False]
-    coordinator.begin(*[errors.Unavailable("not now")] * 1000)
-    starting = asyncio.create_task(started(tmp_path, coordinator))
-    await eventually(lambda: len(coordinator.failures) < 1000)
+    back = {"agent_id": "agent-2"}
+    async with running(tmp_path / "b", world.coordinator, **back) as service:
+        await led(service, partition=1)
+        assert await write_to_both(service, 8) == [False, False]
+    answer_in_pieces(monkeypatch)
+    left = fail_get_grants(world, *[errors.Unavailable("not now")] * 10_000)
+    starting = asyncio.create_task(started(tmp_path / "b", world.coordinator, **back))
+    await eventually(lambda: len(left) < 10_000)
     monkeypatch.setattr(FileWal, "broken", True)
     with pytest.raises(WalBroken):
         await starting
-    assert not coordinator.buffers
+    assert not world.buffers
 
 
 @pytest.mark.parametrize("stopped", [False, True])
 async def test_g5_the_next_leader_knows_the_producers_of_what_was_neither_registered_nor_announced(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, stopped: bool
+    tmp_path: Path, world: World, orders: bytes, stopped: bool
 ):
     """After a crash the ends are declared at the next start, from a replay; at a stop from memory."""
     stamps = [ProducerStamp(7, 0, i) for i in range(3)]
-    service = await started(tmp_path / "a", coordinator, shutdown_timeout_ms=10)
+    first = RangeKey(orders, 0, 1)
+    service = await started(tmp_path / "a", world.coordinator, shutdown_timeout_ms=10)
     await led(service)
     held = service.agent.running().logs.led("orders", 0)
     assert held is not None
     for stamp in stamps:
         await service.api.produce(request(b"a", stamp=stamp))
-    coordinator.register((topic_id, 0, 1), 0, 1, held.log.producers.snapshot(1))
+    assert await world.register(first, 0, 1, held.log.producers.snapshot(1))
     await eventually(lambda: held.log.registered_end == 1)
     if not stopped:
         await kill(service)
-        service = await started(tmp_path / "a", coordinator)
+        service = await started(tmp_path / "a", world.coordinator)
     await (service.stop() if stopped else kill(service))
-    settled = coordinator.ranges[(topic_id, 0, 1)]
-    assert (settled.end, settled.registered_end) == (3, 1)
-    coordinator.expire_all()
-    async with running(tmp_path / "b", coordinator, agent_id="agent-2") as other:
+    settled = world.range(first)
+    assert (settled.end_offset, settled.registered_end) == (3, 1)
+    await world.expire_all()
+    async with running(tmp_path / "b", world.coordinator, agent_id="agent-2") as other:
         for offset, stamp in enumerate(stamps):
             again = await other.api.produce(request(b"a", stamp=stamp))
             assert (again.base_offset, again.duplicate) == (offset, True)
         assert not (await other.api.produce(request(b"a", stamp=ProducerStamp(7, 0, 3)))).duplicate
 
 
+@pytest.mark.usefixtures("no_time_passes")
 async def test_g1_a_durable_retry_is_not_acknowledged_by_what_only_a_dead_agents_disk_has(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
     """The snapshot travels with the announcement, so the next leader knows batches that were never uploaded."""
     stamps = [ProducerStamp(7, 0, i) for i in range(2)]
-    async with running(tmp_path / "a", coordinator, seal_age_ms=20) as service:
+    old = RangeKey(orders, 0, 1)
+    async with running(tmp_path / "a", world.coordinator, seal_age_ms=20) as service:
         for stamp in stamps:
             await service.api.produce(request(b"a", stamp=stamp))
-        await eventually(lambda: coordinator.buffers)
-        await eventually(lambda: sum(part.record_count for b in coordinator.buffers.values() for part in b.slices) == 2)
-        last = list(coordinator.buffers.values())[-1].slices[0]
-    coordinator.expire_all()
-    old = coordinator.ranges[(topic_id, 0, 1)]
-    old.snapshot = last.producer_snapshot
-    async with running(tmp_path / "b", coordinator, agent_id="agent-2") as other:
+        await eventually(lambda: world.buffers)
+        await eventually(lambda: sum(part.record_count for b in world.buffers.values() for part in b.slices) == 2)
+    assert world.producers(old, 2) == {7}
+    await world.expire_all()
+    async with running(tmp_path / "b", world.coordinator, agent_id="agent-2") as other:
         retry = request(b"a", stamp=stamps[0], acks=DURABLE)
         with pytest.raises(errors.DurableTimeout):
             await other.api.produce(request(b"a", stamp=stamps[0], acks=DURABLE, timeout_ms=100))
-        coordinator.register(old.key, 0, 1)
+        await world.register(old, 0, 1)
         found = await other.api.produce(retry)
         assert (found.duplicate, found.base_offset) == (True, 0)
-        coordinator.lose(old)
+        await world.lose(old)
         with pytest.raises(errors.DataLoss):
             await other.api.produce(request(b"a", stamp=stamps[1], acks=DURABLE))
 
@@ -645,25 +641,24 @@ async def test_g1_a_durable_ack_waits_for_the_registration_that_covers_its_offse
         assert (await waiting[2]).base_offset == 2
 
 
-async def test_a_topic_that_wants_durable_gets_it_by_default(tmp_path: Path, coordinator: CoordinatorStandIn):
-    coordinator.create("orders", min_acks=DURABLE)
-    async with running(tmp_path, coordinator) as service:
+async def test_a_topic_that_wants_durable_gets_it_by_default(tmp_path: Path, world: World):
+    orders = await world.create_topic("orders", min_acks=DURABLE)
+    async with running(tmp_path, world.coordinator) as service:
         with pytest.raises(errors.AcksTooWeak):
             await service.api.produce(request(b"a", acks=WAL))
-        segmenter = SegmenterStandIn(coordinator, service)
-        async with draining(segmenter):
+        async with segmenting(world, service):
             await asyncio.gather(*(service.api.produce(request(b"%d" % i)) for i in range(20)))
-        assert len(segmenter.segments) <= 2, "those that wait together share an object"
+        assert len(world.segments_of(RangeKey(orders, 0, 1))) <= 2, "those that wait together share an object"
 
 
 # ---- limits and disks (G7)
 
 
 async def test_g7_a_full_log_pushes_back_and_takes_more_once_segments_are_registered(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
     limits = {"wal_file_bytes": 65536, "wal_bytes_max": 262144, "seal_bytes": 65536, "wal_group_bytes_max": 65536}
-    async with running(tmp_path, coordinator, **limits) as service:
+    async with running(tmp_path, world.coordinator, **limits) as service:
         taken = 0
         with pytest.raises(errors.Overloaded) as caught:
             for _ in range(100):
@@ -672,8 +667,7 @@ async def test_g7_a_full_log_pushes_back_and_takes_more_once_segments_are_regist
         assert caught.value.retry_after_ms > 0
         assert caught.value.details["limit"] == "wal_bytes_max"
         assert service.agent.running().opened.index.size_bytes <= 262144
-        segmenter = SegmenterStandIn(coordinator, service)
-        async with draining(segmenter):
+        async with segmenting(world, service):
             await eventually(lambda: service.agent.running().opened.index.size_bytes < 140_000)
             assert (await service.api.produce(request(b"more"))).base_offset == taken
 
@@ -693,21 +687,22 @@ async def test_g7_a_log_full_of_one_file_takes_more_once_that_is_registered(
 
 
 async def test_g7_memory_stays_bounded_and_what_left_it_is_read_from_the_log(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
-    async with running(tmp_path, coordinator, memory_bytes_max=1 << 20, tail_cache_bytes=0) as service:
+    async with running(tmp_path, world.coordinator, memory_bytes_max=1 << 20, tail_cache_bytes=0) as service:
         sent = [os.urandom(50_000) for _ in range(60)]
         for value in sent:
             await service.api.produce(request(value))
             assert service.agent.running().logs.memory_bytes <= 1 << 20
         got: list[bytes | None] = []
         while len(got) < 60:
-            got += values_of(await read(service, topic_id, len(got), max_bytes=300_000))
+            got += values_of(await read(service, orders, len(got), max_bytes=300_000))
         assert got == sent
-        segmenter = SegmenterStandIn(coordinator, service)
-        await eventually(lambda: coordinator.buffers)
-        await segmenter.drain()
-        assert sum(len(records) for records in segmenter.segments.values()) > 0
+        await eventually(lambda: world.buffers)
+        async with segmenting(world, service):
+            await eventually(lambda: world.range(RangeKey(orders, 0, 1)).registered_end > 0)
+        stored = await world.stored(RangeKey(orders, 0, 1))
+        assert stored == list(enumerate(sent))[: len(stored)] and stored
         assert service.agent.running().logs.memory_bytes >= 0
 
 
@@ -734,14 +729,8 @@ async def test_the_queue_of_batches_to_check_has_a_limit_of_its_own(tmp_path: Pa
 async def test_a_full_disk_refuses_keeps_nothing_and_recovers(tmp_path: Path, world: World, orders: bytes):
     async with running(tmp_path, world.coordinator) as service:
         await service.api.produce(request(b"a", stamp=ProducerStamp(7, 0, 0)))
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        size = service.agent.running().opened.wal.active_bytes
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, before[1]))
-        try:
-            with pytest.raises(errors.DiskFull):
-                await service.api.produce(request(os.urandom(5000), stamp=ProducerStamp(7, 0, 1)))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        with full_disk(service.agent.running().opened.wal.active_bytes + 1000), pytest.raises(errors.DiskFull):
+            await service.api.produce(request(os.urandom(5000), stamp=ProducerStamp(7, 0, 1)))
         assert (await read(service, orders, 0)).high_watermark == 1
         answer = await service.api.produce(request(b"b", stamp=ProducerStamp(7, 0, 1)))
         assert (answer.base_offset, answer.duplicate) == (1, False)
@@ -788,33 +777,33 @@ async def test_g7_no_descriptor_to_read_the_log_with_is_told_to_try_again(tmp_pa
         assert (await read(service, orders, 0)).batches
 
 
+async def beats(world: World, count: int = 5) -> None:
+    """Returns after as many more heartbeats."""
+    until = world.coordinator.calls["heartbeat"] + count
+    await eventually(lambda: world.coordinator.calls["heartbeat"] >= until)
+
+
 async def test_g7_a_log_without_room_is_told_once_until_a_whole_file_fits_again(tmp_path: Path):
     """So that others lead meanwhile. That small batches still fit does not count."""
-    coordinator = CoordinatorStandIn(heartbeat_ms=10)
-    coordinator.create("orders", 2)
+    async with new_world(heartbeat_ms=10) as world:
+        await world.create_topic("orders", 2)
 
-    async def beats(count: int) -> None:
-        until = coordinator.calls.get("heartbeat", 0) + count
-        async with asyncio.timeout(30):
-            while coordinator.calls.get("heartbeat", 0) < until:
-                await asyncio.sleep(0.001)
+        def reports() -> list[bool]:
+            requests = world.coordinator.requests["heartbeat"]
+            return [item.log_full for item in requests if item.HasField("log_full")]
 
-    async with running(tmp_path, coordinator, wal_full_grace_ms=0, wal_file_bytes=64 * 1024) as service:
-        await service.api.produce(request(b"a"))
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
-        try:
-            with pytest.raises(errors.DiskFull):
-                await service.api.produce(request(os.urandom(45_000)))
-            await beats(5)
-            await service.api.produce(request(b"b"))
-            await beats(5)
-            assert coordinator.told_full == [True]
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        await beats(5)
-        assert coordinator.told_full == [True, False]
-        assert not (tmp_path / "room").exists()
+        async with running(tmp_path, world.coordinator, wal_full_grace_ms=0, wal_file_bytes=64 * 1024) as service:
+            await service.api.produce(request(b"a"))
+            with full_disk(40_000):
+                with pytest.raises(errors.DiskFull):
+                    await service.api.produce(request(os.urandom(45_000)))
+                await beats(world)
+                await service.api.produce(request(b"b"))
+                await beats(world)
+                assert reports() == [True]
+            await beats(world)
+            assert reports() == [True, False]
+            assert not (tmp_path / "room").exists()
 
 
 async def test_a_log_that_is_full_for_less_than_the_grace_period_keeps_its_leaderships():
@@ -850,34 +839,18 @@ async def test_a_log_that_is_full_for_less_than_the_grace_period_keeps_its_leade
         assert not await is_full(), "the grace period begins anew"
 
 
-async def test_heartbeats_do_not_wait_for_a_disk_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_heartbeats_do_not_wait_for_a_disk_that_hangs(tmp_path: Path):
     """On a full one, while it is asked for room: the lease ended, though the coordinator could be reached."""
-    coordinator = CoordinatorStandIn(heartbeat_ms=10)
-    coordinator.create("orders", 2)
-    asked, answer = threading.Event(), threading.Event()
-
-    def hang(directory: WalDirectory, size_bytes: int) -> bool:
-        asked.set()
-        return answer.wait(60)
-
-    monkeypatch.setattr(WalDirectory, "has_space", hang)
-    async with running(tmp_path, coordinator, wal_full_grace_ms=0, wal_file_bytes=64 * 1024) as service:
-        await service.api.produce(request(b"a"))
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
-        try:
-            with pytest.raises(errors.DiskFull):
-                await service.api.produce(request(os.urandom(45_000)))
-            async with asyncio.timeout(10):
-                while not asked.is_set():
-                    await asyncio.sleep(0.001)
-                until = coordinator.calls["heartbeat"] + 5
-                while coordinator.calls["heartbeat"] < until:
-                    await asyncio.sleep(0.001)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-            answer.set()
-        await service.api.produce(request(b"b"))
+    async with new_world(heartbeat_ms=10) as world:
+        await world.create_topic("orders", 2)
+        async with running(tmp_path, world.coordinator, wal_full_grace_ms=0, wal_file_bytes=64 * 1024) as service:
+            await service.api.produce(request(b"a"))
+            with full_disk(40_000), held_disk(WalDirectory, "has_space") as held:
+                with pytest.raises(errors.DiskFull):
+                    await service.api.produce(request(os.urandom(45_000)))
+                await eventually(held.reached.is_set)
+                await beats(world)
+            await service.api.produce(request(b"b"))
 
 
 async def test_a_failed_fsync_acknowledges_nothing_and_ends_the_agent(
@@ -926,30 +899,23 @@ async def test_a_failed_log_leaves_its_ranges_to_the_next_replay(
         assert values_of(await read(again, orders, 0)) == [b"a", b"b"]
 
 
-async def test_an_agent_that_stops_opens_no_new_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    coordinator = CoordinatorStandIn(heartbeat_ms=1)
-    coordinator.create("orders")
-    close = coordinator.close_session
-
-    async def slow(request: Any) -> Any:
-        answer = await close(request)
-        await asyncio.sleep(0.05)  # some fifty heartbeats
-        return answer
-
-    monkeypatch.setattr(coordinator, "close_session", slow)
-    service = await started(tmp_path, coordinator)
-    await led(service)
-    await service.stop()
-    assert coordinator.calls["open_session"] == 1 and not coordinator.sessions
+@pytest.mark.usefixtures("no_time_passes")
+async def test_an_agent_that_stops_opens_no_new_session(tmp_path: Path):
+    async with new_world(heartbeat_ms=20) as world:
+        await world.create_topic("orders")
+        world.coordinator.slow_ms["close_session"] = 1_000  # some fifty heartbeats
+        service = await started(tmp_path, world.coordinator)
+        await led(service)
+        await service.stop()
+        assert world.coordinator.calls["open_session"] == 1 and not world.rows(t.SESSIONS)
 
 
 @pytest.mark.parametrize("margin_ms", [20_000, 30_000, 40_000])
-async def test_a_lease_that_would_end_before_its_next_heartbeat_is_refused(
-    tmp_path: Path, coordinator: CoordinatorStandIn, margin_ms: int
-):
+async def test_a_lease_that_would_end_before_its_next_heartbeat_is_refused(tmp_path: Path, margin_ms: int):
     said = rf"lease_margin_ms \({margin_ms}\) .* session_ttl_ms \(30000\) and heartbeat_interval_ms \(10000\)"
-    with pytest.raises(errors.InvalidArgument, match=said) as caught:
-        await started(tmp_path, coordinator, lease_margin_ms=margin_ms)
+    async with new_world(session_ttl_ms=30_000) as world:
+        with pytest.raises(errors.InvalidArgument, match=said) as caught:
+            await started(tmp_path, world.coordinator, lease_margin_ms=margin_ms)
     assert (caught.value.details["limit"], caught.value.details["value"]) == ("19999", str(margin_ms))
 
 
@@ -982,121 +948,128 @@ async def test_with_fsync_by_interval_acks_do_not_wait_for_it(
 # ---- sessions, leases, ranges
 
 
-async def test_without_a_renewed_lease_nothing_is_acknowledged(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
+async def test_without_a_renewed_lease_nothing_is_acknowledged(tmp_path: Path):
     clock = ManualClock(1_000_000)
-    service = await started(tmp_path, coordinator, clock=clock)
-    await led(service)
-    await service.api.produce(request(b"a"))
-    coordinator.down = True
-    clock.advance(29_899)
-    await service.api.produce(request(b"b"))
-    clock.advance(1)
-    with pytest.raises(errors.NotLeader):
-        await service.api.produce(request(b"c"))
-    assert (await read(service, topic_id, 0)).high_watermark == 2
-    coordinator.down = False
+    async with new_world(session_ttl_ms=30_000) as world:
+        orders = await world.create_topic("orders", 2)
+        service = await started(tmp_path, world.coordinator, clock=clock)
+        await led(service)
+        await service.api.produce(request(b"a"))
+        world.coordinator.down = True
+        clock.advance(29_899)
+        await service.api.produce(request(b"b"))
+        clock.advance(1)
+        with pytest.raises(errors.NotLeader):
+            await service.api.produce(request(b"c"))
+        assert (await read(service, orders, 0)).high_watermark == 2
+        world.coordinator.down = False
 
-    async def again() -> bool:
-        clock.advance(100)
-        try:
-            return (await service.api.produce(request(b"c"))).base_offset == 2
-        except errors.NotLeader:
-            return False
+        async def again() -> bool:
+            clock.advance(100)
+            try:
+                return (await service.api.produce(request(b"c"))).base_offset == 2
+            except errors.NotLeader:
+                return False
 
-    for _ in range(200):
-        if await again():
-            break
-        await asyncio.sleep(0.001)
-    else:
-        pytest.fail("the lease was never renewed")
-    await kill(service)
+        async with asyncio.timeout(60):
+            while not await again():
+                await asyncio.sleep(0.001)
+        await kill(service)
+
+
+async def beat(world: World, clock: ManualClock) -> None:
+    """Moves the clock until a heartbeat is sent: one that failed is repeated within 20 ms, one that succeeded after 10
+    s."""
+
+    def sent() -> int:
+        return world.coordinator.calls["heartbeat"] + world.coordinator.refused["heartbeat"]
+
+    before = sent()
+    async with asyncio.timeout(60):
+        while sent() == before:
+            clock.advance(5_000)
+            await asyncio.sleep(0.001)
 
 
 async def test_g7_without_postgresql_writes_go_on_to_the_end_of_the_reserved_range(tmp_path: Path):
     """Produce with acks=wal goes on while PostgreSQL is away, however long; at the end of the range it is pressed back,
     and goes on where it was as soon as the range can be extended."""
-    width = 40
-    coordinator, clock = CoordinatorStandIn(width=width), ManualClock(1_000_000)
-    topic_id = coordinator.create("orders")
-    service = await started(tmp_path, coordinator, clock=clock)
-    await led(service)
-
-    async def beat() -> None:
-        """A failed heartbeat is repeated within 20 ms, one that succeeded after 10 s."""
-        before = coordinator.calls.get("heartbeat", 0)
-        while coordinator.calls.get("heartbeat", 0) == before:
-            clock.advance(5_000)
-            await asyncio.sleep(0.001)
-
-    coordinator.database_away = True
-    for offset in range(width):
-        await beat()
-        assert (await service.api.produce(request(b"v"))).base_offset == offset
-    assert clock.now_ms > 1_000_000 + 5 * coordinator.ttl_ms
-    for _ in range(2):
-        with pytest.raises(errors.Overloaded, match="offsets up to 40 are used up") as caught:
-            await service.api.produce(request(b"w"))
-        assert (caught.value.details["limit"], caught.value.details["value"]) == ("limit_offset", "40")
-        assert caught.value.retry_after_ms > 0
-    assert (await read(service, topic_id, 0)).high_watermark == width, "reads go on"
-    coordinator.database_away = False
-    while True:
-        await beat()
-        with contextlib.suppress(errors.Overloaded):
-            answer = await service.api.produce(request(b"w"))
-            break
-    assert (answer.base_offset, answer.epoch) == (width, 1)
-    assert len(coordinator.ranges) == 1, "nobody took over, no offset was skipped"
-    await kill(service)
+    width, ttl_ms, clock = 40, 30_000, ManualClock(1_000_000)
+    async with new_world(range_width_offsets=width, session_ttl_ms=ttl_ms) as world:
+        orders = await world.create_topic("orders")
+        service = await started(tmp_path, world.coordinator, clock=clock)
+        await led(service)
+        world.coordinator.database_away = True
+        for offset in range(width):
+            await beat(world, clock)
+            assert (await service.api.produce(request(b"v"))).base_offset == offset
+        assert clock.now_ms > 1_000_000 + 5 * ttl_ms
+        for _ in range(2):
+            with pytest.raises(errors.Overloaded, match="offsets up to 40 are used up") as caught:
+                await service.api.produce(request(b"w"))
+            assert (caught.value.details["limit"], caught.value.details["value"]) == ("limit_offset", "40")
+            assert caught.value.retry_after_ms > 0
+        assert (await read(service, orders, 0)).high_watermark == width, "reads go on"
+        world.coordinator.database_away = False
+        while True:
+            await beat(world, clock)
+            with contextlib.suppress(errors.Overloaded):
+                answer = await service.api.produce(request(b"w"))
+                break
+        assert (answer.base_offset, answer.epoch) == (width, 1)
+        assert len(world.rows(t.RANGES)) == 1, "nobody took over, no offset was skipped"
+        await kill(service)
 
 
 async def test_g7_a_heartbeat_that_is_refused_after_it_renewed_the_lease_shortens_none(tmp_path: Path):
-    coordinator, clock = CoordinatorStandIn(), ManualClock(1_000_000)
-    coordinator.create("orders")
-    service = await started(tmp_path, coordinator, clock=clock)
-    await led(service)
-    coordinator.busy = True
-    for offset in range(20):
-        before = coordinator.calls.get("heartbeat", 0)
-        while coordinator.calls.get("heartbeat", 0) == before:
-            clock.advance(5_000)
-            await asyncio.sleep(0.001)
-        assert (await service.api.produce(request(b"v"))).base_offset == offset
-    assert clock.now_ms > 1_000_000 + 3 * coordinator.ttl_ms
-    await kill(service)
-
-
-async def test_a_lost_session_is_opened_anew_without_a_gap_in_the_offsets(tmp_path: Path, topic_name: str = "orders"):
-    coordinator = CoordinatorStandIn(heartbeat_ms=20)
-    topic_id = coordinator.create("orders")
-    async with running(tmp_path, coordinator) as service:
-        await service.api.produce(request(b"a"))
-        coordinator.expire_all()
-        await eventually(lambda: (topic_id, 0, 2) in coordinator.ranges)
+    ttl_ms, clock = 30_000, ManualClock(1_000_000)
+    async with new_world(session_ttl_ms=ttl_ms) as world:
+        await world.create_topic("orders")
+        service = await started(tmp_path, world.coordinator, clock=clock)
         await led(service)
-        answer = await service.api.produce(request(b"b"))
-        assert (answer.base_offset, answer.epoch) == (1, 2)
-        assert values_of(await read(service, topic_id, 0)) == [b"a"]
-        segmenter = SegmenterStandIn(coordinator, service)
-        async with draining(segmenter):
-            await service.api.produce(request(b"c", acks=DURABLE))
-            await eventually(lambda: len(segmenter.segments) == 2)
+        heartbeat = world.coordinator.heartbeat
+
+        async def busy(asked: coordinator_pb2.HeartbeatRequest) -> None:
+            await heartbeat(asked)
+            raise errors.Overloaded("too many calls at once", lease=errors.RENEWED)
+
+        world.coordinator.heartbeat = busy
+        for offset in range(20):
+            await beat(world, clock)
+            assert (await service.api.produce(request(b"v"))).base_offset == offset
+        assert clock.now_ms > 1_000_000 + 3 * ttl_ms
+        await kill(service)
+
+
+async def test_a_lost_session_is_opened_anew_without_a_gap_in_the_offsets(tmp_path: Path):
+    async with new_world(heartbeat_ms=20) as world:
+        orders = await world.create_topic("orders")
+        async with running(tmp_path, world.coordinator) as service:
+            await service.api.produce(request(b"a"))
+            await world.expire_all()
+            await eventually(lambda: any(row.epoch == 2 for row in world.rows(t.RANGES)))
+            await led(service)
+            answer = await service.api.produce(request(b"b"))
+            assert (answer.base_offset, answer.epoch) == (1, 2)
+            assert values_of(await read(service, orders, 0)) == [b"a"]
+            async with segmenting(world, service):
+                await service.api.produce(request(b"c", acks=DURABLE))
+                await eventually(lambda: len(world.segments) == 2)
 
 
 async def test_a_move_seals_uploads_settles_and_the_next_epoch_begins_there(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
-    async with running(tmp_path, coordinator) as service:
+    first = RangeKey(orders, 0, 1)
+    async with running(tmp_path, world.coordinator) as service:
         await service.api.produce(request(b"a", stamp=ProducerStamp(7, 0, 0)))
-        coordinator.move("orders", 0)
-        await asyncio.sleep(0.05)
+        await world.move(first)
+        await eventually(lambda: world.buffers)
         assert (await service.api.produce(request(b"b"))).base_offset == 1, "writes go on while the rest is uploaded"
-        async with draining(SegmenterStandIn(coordinator, service)):
-            await eventually(lambda: (topic_id, 0, 2) in coordinator.ranges)
-            row = coordinator.ranges[(topic_id, 0, 1)]
-            assert (row.status, row.end, row.registered_end) == ("settled", 2, 2)
+        async with segmenting(world, service):
+            await eventually(lambda: any((row.partition, row.epoch) == (0, 2) for row in world.rows(t.RANGES)))
+            row = world.range(first)
+            assert (row.status, row.end_offset, row.registered_end) == (t.SETTLED, 2, 2)
             await led(service)
             again = await service.api.produce(request(b"a", stamp=ProducerStamp(7, 0, 0)))
             assert (again.duplicate, again.base_offset, again.epoch) == (True, 0, 2)
@@ -1105,57 +1078,50 @@ async def test_a_move_seals_uploads_settles_and_the_next_epoch_begins_there(
 
 @pytest.mark.parametrize("moving_already", [False, True])
 async def test_g1_an_agent_that_its_workers_cannot_reach_settles_where_it_ends_and_keeps_the_rest(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, moving_already: bool
+    tmp_path: Path, world: World, orders: bytes, moving_already: bool
 ):
     """Also in the middle of a move that waits for an upload which will not come."""
-    async with running(tmp_path, coordinator) as service:
+    first = RangeKey(orders, 0, 1)
+    async with running(tmp_path, world.coordinator) as service:
         for offset, value in enumerate((b"a", b"b", b"c")):
             answer = await service.api.produce(request(value, stamp=ProducerStamp(7, offset, 0)))
             assert answer.base_offset == offset
         if moving_already:
-            coordinator.move("orders", 0)
-            await asyncio.sleep(0.05)
-        coordinator.cut_off("agent-1")
-        await eventually(lambda: coordinator.ranges[(topic_id, 0, 1)].status == "settled")
-        row = coordinator.ranges[(topic_id, 0, 1)]
-        assert (row.end, row.registered_end) == (3, 0), "nothing is uploaded, and nothing given up"
-        assert set(decode_snapshot(row.snapshot)) == {7}, "a retry is known to whoever goes on"
-        assert values_of(await read(service, topic_id, 0)) == [b"a", b"b", b"c"], "for readers that reach it"
-        coordinator.cut_off_agents.clear()
-        async with draining(SegmenterStandIn(coordinator, service)):
-            await eventually(lambda: row.registered_end == 3)
+            await world.move(first)
+            await eventually(lambda: world.buffers)
+        await world.cut_off(first)
+        await eventually(lambda: world.range(first).status == t.SETTLED)
+        row = world.range(first)
+        assert (row.end_offset, row.registered_end) == (3, 0), "nothing is uploaded, and nothing given up"
+        assert world.producers(first, 3) == {7}, "a retry is known to whoever goes on"
+        assert values_of(await read(service, orders, 0)) == [b"a", b"b", b"c"], "for readers that reach it"
+        async with segmenting(world, service):
+            await eventually(lambda: world.range(first).registered_end == 3)
 
 
 async def test_of_many_moves_a_few_refuse_writes_at_once_and_one_call_settles_them(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, world: World, orders: bytes, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("streamhouse_ingest.leadership.transfers.TRANSFERS_AT_ONCE", 10)
-    go_on, settle, calls = asyncio.Event(), coordinator.settle_ranges, []
-
-    async def held_up(request: Any) -> Any:
-        calls.append(len(request.ends))
-        await go_on.wait()
-        return await settle(request)
-
-    monkeypatch.setattr(coordinator, "settle_ranges", held_up)
-    many = coordinator.create("many", 30)
-    async with running(tmp_path, coordinator) as service:
+    held = world.coordinator.hold("settle_ranges")
+    many = await world.create_topic("many", 30)
+    async with running(tmp_path, world.coordinator) as service:
         logs = service.agent.running().logs
         led_now = lambda: sum(logs.led("many", number) is not None for number in range(30))  # noqa: E731
         await eventually(lambda: led_now() == 30)
         for number in range(30):
-            coordinator.move("many", number)
-        await eventually(lambda: calls and led_now() == 20)
-        go_on.set()
-        await eventually(lambda: all((many, number, 2) in coordinator.ranges for number in range(30)))
+            await world.move(RangeKey(many, number, 1))
+        await eventually(lambda: held.requests and led_now() == 20)
+        held.release()
+        again = lambda: {row.partition for row in world.rows(t.RANGES) if row.topic_id == many.hex() and row.epoch == 2}  # noqa: E731
+        await eventually(lambda: len(again()) == 30)
+        calls = [len(asked.ends) for asked in held.requests]
         assert sum(calls) == 30 and len(calls) <= 6 and max(calls) <= 10
 
 
-async def test_a_move_that_cannot_be_finished_goes_on_serving(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
-    async with running(tmp_path, coordinator, move_timeout_ms=30) as service:
-        coordinator.move("orders", 0)
+async def test_a_move_that_cannot_be_finished_goes_on_serving(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator, move_timeout_ms=30) as service:
+        await world.move(RangeKey(orders, 0, 1))
         stop = asyncio.get_running_loop().time() + 0.4
         taken = 0
         while taken <= 3 or asyncio.get_running_loop().time() < stop:
@@ -1163,50 +1129,42 @@ async def test_a_move_that_cannot_be_finished_goes_on_serving(
                 await service.api.produce(request(b"v"))
                 taken += 1
             await asyncio.sleep(0.005)
-        assert (await read(service, topic_id, 0)).high_watermark == taken
+        assert (await read(service, orders, 0)).high_watermark == taken
 
 
 async def test_g1_a_move_of_a_deleted_topic_ends_and_takes_no_write_for_the_next_one_of_that_name(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
-    async with running(tmp_path, coordinator, move_timeout_ms=20) as service:
+    async with running(tmp_path, world.coordinator, move_timeout_ms=20) as service:
         await service.api.produce(request(b"old"))
-        coordinator.move("orders", 0)
-        await eventually(lambda: coordinator.buffers)
-        coordinator.delete("orders")
-        again = coordinator.create("orders", 2)
+        await world.move(RangeKey(orders, 0, 1))
+        await eventually(lambda: world.buffers)
+        await world.delete_topic("orders")
+        again = await world.create_topic("orders", 2)
         logs = service.agent.running().logs
         await eventually(lambda: (held := logs.led("orders", 0)) is not None and held.log.key.topic_id == again)
-        await asyncio.sleep(0.1)
+        await eventually(lambda: not [task for task in asyncio.all_tasks() if task.get_name().startswith("move ")])
         await service.api.produce(request(b"new"))
         assert values_of(await read(service, again, 0)) == [b"new"]
-        assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("move ")]
 
 
 async def test_g2_a_range_that_ends_with_the_session_ends_after_what_is_being_written(
-    tmp_path: Path, world: World, orders: bytes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, world: World, orders: bytes
 ):
     """The agent stops because of an error: a group on its way to the disk may be read before the process ends."""
     service = await started(tmp_path, world.coordinator, shutdown_timeout_ms=10)
     await led(service)
-    goes_on, append = threading.Event(), FileWal.append
-
-    def slow(self: FileWal, frames: Sequence[Frame]) -> list[WalPosition]:
-        goes_on.wait()
-        return append(self, frames)
 
     async def fail() -> None:
         raise errors.AgentIdTaken("taken", agent_id="agent-1")
 
-    monkeypatch.setattr(FileWal, "append", slow)
-    producing = asyncio.create_task(service.api.produce(request(b"a")))
-    await eventually(lambda: service.agent.running().writer.queue_bytes)
-    await asyncio.sleep(0.01)
-    service.tasks.spawn("fails", fail())
-    await service.tasks.failed.wait()
-    stopping = asyncio.create_task(service.stop())
-    await asyncio.sleep(0.02)
-    goes_on.set()
+    with held_disk(FileWal, "append") as held:
+        producing = asyncio.create_task(service.api.produce(request(b"a")))
+        await eventually(held.reached.is_set)
+        service.tasks.spawn("fails", fail())
+        await service.tasks.failed.wait()
+        stopping = asyncio.create_task(service.stop())
+        await asyncio.sleep(0.02)
     with pytest.raises(errors.NotLeader) as caught:
         await producing
     assert caught.value.details["outcome"] == errors.UNKNOWN, "it is written, but not acknowledged"
@@ -1229,91 +1187,98 @@ async def test_a_defect_while_writing_leaves_nobody_waiting(
 
 
 async def test_a_range_that_runs_low_is_extended(tmp_path: Path):
-    coordinator = CoordinatorStandIn(width=100)
-    coordinator.create("orders")
-    async with running(tmp_path, coordinator) as service:
-        for i in range(30):
-            for _ in range(100):
-                try:
-                    answer = await service.api.produce(request(*[b"v"] * 10))
-                    break
-                except errors.Overloaded as error:
-                    await asyncio.sleep(error.retry_after_ms / 1000)
-            assert answer.base_offset == i * 10
+    async with new_world(range_width_offsets=100) as world:
+        await world.create_topic("orders")
+        async with running(tmp_path, world.coordinator) as service:
+            for i in range(30):
+                async with asyncio.timeout(60):
+                    while True:
+                        try:
+                            answer = await service.api.produce(request(*[b"v"] * 10))
+                            break
+                        except errors.Overloaded as error:
+                            await asyncio.sleep(error.retry_after_ms / 1000)
+                assert answer.base_offset == i * 10
 
 
-async def test_a_deleted_topic_is_given_up_and_its_log_trimmed(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
+async def test_a_deleted_topic_is_given_up_and_its_log_trimmed(tmp_path: Path, world: World, orders: bytes):
     limits = {"wal_file_bytes": 65536, "wal_bytes_max": 262144}
-    async with running(tmp_path, coordinator, **limits) as service:
+    async with running(tmp_path, world.coordinator, **limits) as service:
         for _ in range(20):
             await service.api.produce(request(os.urandom(10_000)))
         assert len(wal_files(tmp_path)) > 2
         waiting = asyncio.create_task(service.api.produce(request(b"v", acks=DURABLE)))
-        await eventually(lambda: coordinator.buffers)
-        coordinator.delete("orders")
+        await eventually(lambda: world.buffers)
+        await world.delete_topic("orders")
         with pytest.raises(errors.NotLeader):
             await waiting
         await eventually(lambda: len(wal_files(tmp_path)) == 1)
         with pytest.raises(errors.UnknownTopic):
             await service.api.produce(request(b"v"))
-        assert (await read(service, topic_id, 0)).not_held
+        assert (await read(service, orders, 0)).not_held
         assert service.agent.running().logs.memory_bytes == 0
 
 
-async def test_what_lies_beyond_a_settled_end_is_given_up(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
-    async with running(tmp_path, coordinator) as service:
+async def test_what_lies_beyond_a_settled_end_is_given_up(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator) as service:
         await service.api.produce(request(b"a"))
         waiting = asyncio.create_task(service.api.produce(request(b"b", acks=DURABLE)))
-        await eventually(lambda: coordinator.buffers)
-        coordinator.settle(coordinator.ranges[(topic_id, 0, 1)], 1)
+        await eventually(lambda: world.buffers)
+        await world.settle(RangeKey(orders, 0, 1), 1)
         with pytest.raises(errors.NotLeader) as caught:
             await waiting
         assert caught.value.details["outcome"] == errors.UNKNOWN
-        assert (await read(service, topic_id, 0)).high_watermark == 1
+        assert (await read(service, orders, 0)).high_watermark == 1
 
 
 async def test_what_is_left_of_a_buffer_is_announced_when_a_part_was_registered_meanwhile(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
     """A segmenter may still hold what the session before announced; it would never be registered otherwise."""
-    async with running(tmp_path, coordinator) as service:
+    async with running(tmp_path, world.coordinator) as service:
         for value in (b"a", b"b"):
             await service.api.produce(request(value))
         agent = service.agent.running()
-        held = agent.logs.get(RangeKey(topic_id, 0, 1))
+        held = agent.logs.get(RangeKey(orders, 0, 1))
         assert held is not None
-        coordinator.down = True
+        world.coordinator.down = True
         agent.sealer.seal_now([held])
-        await eventually(lambda: coordinator.calls.get("announce_buffer"))
+        await eventually(lambda: world.coordinator.refused["announce_buffer"])
         agent.ranges.registered(held.log.key, 1)
-        coordinator.down = False
-        await eventually(lambda: coordinator.buffers)
-        (announced,) = coordinator.buffers.values()
+        world.coordinator.down = False
+        await eventually(lambda: world.buffers)
+        (announced,) = world.buffers.values()
         assert [(item.base_offset, item.end_offset) for item in announced.slices] == [(1, 2)]
 
 
-async def test_what_an_older_epoch_gave_up_is_in_no_snapshot_of_a_newer_one(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
+async def test_what_an_older_epoch_gave_up_is_in_no_snapshot_of_a_newer_one(tmp_path: Path, world: World):
     """G1: both wrote at 10, only the newer one's counts. Registered with the older one's producer, a retry of that
     would be acknowledged as a duplicate, and be nowhere."""
+    orders = await world.create_topic("orders", 2)
     directory = WalDirectory.open(tmp_path, "agent-1")
     wal = FileWal(directory, 1, file_bytes=1 << 20, fsync_each=True)
-    wal.append([frame(topic_id, epoch, base, producer) for epoch, base, producer in [(1, 0, 7), (1, 10, 8)]])
-    wal.append([frame(topic_id, epoch, base, producer) for epoch, base, producer in [(2, 10, 9), (2, 20, 9)]])
+    wal.append([frame(orders, epoch, base, producer) for epoch, base, producer in [(1, 0, 7), (1, 10, 8)]])
+    wal.append([frame(orders, epoch, base, producer) for epoch, base, producer in [(2, 10, 9), (2, 20, 9)]])
     wal.close()
     directory.close()
-    ours = ("orders", topic_id, 0)
-    finished = Range(*ours, 1, 0, 100, 10, directory.wal_id, "agent-1", 10, "settled")
-    known = encode_snapshot({7: ProducerState(0, (WrittenBatch(0, 10, 0),))})
-    settled = Range(*ours, 2, 10, 100, 10, directory.wal_id, "agent-1", 20, "settled", known)
-    coordinator.ranges = {row.key: row for row in (finished, settled)}
-    async with running(tmp_path, coordinator) as service:
-        held = service.agent.running().logs.get(RangeKey(*settled.key))
+    finished, settled = RangeKey(orders, 0, 1), RangeKey(orders, 0, 2)
+    for key, start, end in ((finished, 0, 10), (settled, 10, 20)):
+        granted = events.EpochGranted(
+            topic_id=orders.hex(),
+            topic="orders",
+            partition=0,
+            epoch=key.epoch,
+            session_id="an earlier one",
+            agent_id="agent-1",
+            wal_id=directory.wal_id.hex(),
+            start_offset=start,
+            limit_offset=100,
+        )
+        await world.commit(granted)
+        await world.settle(key, end)
+    assert await world.register(finished, 0, 10, encode_snapshot({7: ProducerState(0, (WrittenBatch(0, 10, 0),))}))
+    async with running(tmp_path, world.coordinator) as service:
+        held = service.agent.running().logs.get(settled)
         assert held is not None
         (left,) = held.log.sealed
         assert (left.base_offset, left.end_offset) == (10, 20)
@@ -1330,37 +1295,37 @@ def frame(topic_id: bytes, epoch: int, base_offset: int, producer_id: int) -> Fr
 
 async def test_what_was_declared_lost_is_dropped_and_said(
     tmp_path: Path,
-    coordinator: CoordinatorStandIn,
-    topic_id: bytes,
+    world: World,
+    orders: bytes,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ):
     """An agent that comes back after an operator gave its range up: its records are kept out, and their room freed."""
     counted: list[int] = []
-    async with running(tmp_path, coordinator) as service:
+    first = RangeKey(orders, 0, 1)
+    async with running(tmp_path, world.coordinator) as service:
         for value in (b"a", b"b", b"c"):
             await service.api.produce(request(value))
-    coordinator.expire_all()
-    first = coordinator.ranges[(topic_id, 0, 1)]
-    coordinator.register(first.key, 0, 1)
-    coordinator.lose(first)
+    await world.expire_all()
+    await world.register(first, 0, 1)
+    await world.lose(first)
     monkeypatch.setattr(metrics.NoOpCounter, "add", lambda self, amount, *args: counted.append(amount))
     monkeypatch.setattr(metrics, "get_meter", lambda name: metrics.NoOpMeter(name))
-    async with running(tmp_path, coordinator) as service:
+    async with running(tmp_path, world.coordinator) as service:
         assert 2 in counted
         assert "orders/0 epoch 1 was declared lost at offset 1: 2 records beyond" in caplog.text
         assert service.agent.running().logs.memory_bytes == 0
-        assert (await read(service, topic_id, 0)).not_held
-        assert (await service.api.produce(request(b"d"))).base_offset == first.limit
-    async with running(tmp_path, coordinator):
+        assert (await read(service, orders, 0)).not_held
+        assert (await service.api.produce(request(b"d"))).base_offset == world.range(first).limit_offset
+    async with running(tmp_path, world.coordinator):
         assert caplog.text.count("declared lost") == 1, "its part of the log is gone"
 
 
-async def test_the_coordinator_may_come_later(tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes):
-    coordinator.down = True
-    starting = asyncio.create_task(started(tmp_path, coordinator))
-    await eventually(lambda: coordinator.calls.get("open_session", 0) >= 3)
-    coordinator.down = False
+async def test_the_coordinator_may_come_later(tmp_path: Path, world: World, orders: bytes):
+    world.coordinator.down = True
+    starting = asyncio.create_task(started(tmp_path, world.coordinator))
+    await eventually(lambda: world.coordinator.refused["open_session"] >= 3)
+    world.coordinator.down = False
     service = await starting
     await led(service)
     await kill(service)
@@ -1379,7 +1344,7 @@ async def test_an_agent_id_in_use_elsewhere_is_refused(tmp_path: Path, world: Wo
 
 
 async def test_a_start_that_fails_after_its_session_was_opened_gives_the_id_back(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, world: World, orders: bytes, monkeypatch: pytest.MonkeyPatch
 ):
     """The id was taken until the session expired, over every other directory."""
 
@@ -1389,22 +1354,19 @@ async def test_a_start_that_fails_after_its_session_was_opened_gives_the_id_back
     with monkeypatch.context() as patch:
         patch.setattr(FileWal, "mark_used", fail)
         with pytest.raises(OSError, match="a disk that dies"):
-            await started(tmp_path / "a", coordinator)
-    assert not coordinator.sessions
-    service = await started(tmp_path / "b", coordinator, shutdown_timeout_ms=1)
+            await started(tmp_path / "a", world.coordinator)
+    assert not world.rows(t.SESSIONS)
+    service = await started(tmp_path / "b", world.coordinator, shutdown_timeout_ms=1)
     await led(service)
     assert (await service.api.produce(request(b"v"))).epoch == 2
     await service.stop()
-    async with running(tmp_path / "a", coordinator):
-        assert coordinator.ranges[(topic_id, 0, 1)].end == 0, "nothing was written there, and it can be opened again"
+    async with running(tmp_path / "a", world.coordinator):
+        nothing = "nothing was written there, and it can be opened again"
+        assert world.range(RangeKey(orders, 0, 1)).end_offset == 0, nothing
 
 
-async def test_before_start_the_api_says_so(tmp_path: Path, coordinator: CoordinatorStandIn):
-    from streamhouse_ingest.wiring import build
-
-    from services.ingest.tests.ingest_agents import settings
-
-    service = build(settings(tmp_path), coordinator)  # type: ignore[arg-type]
+async def test_before_start_the_api_says_so(tmp_path: Path, world: World):
+    service = build(settings(tmp_path), world.coordinator)
     with pytest.raises(errors.Unavailable):
         await service.api.produce(request(b"a"))
     await service.stop()
@@ -1413,40 +1375,37 @@ async def test_before_start_the_api_says_so(tmp_path: Path, coordinator: Coordin
 # ---- sealed buffers
 
 
-async def test_many_partitions_share_one_announcement(tmp_path: Path):
-    coordinator = CoordinatorStandIn()
-    coordinator.create("orders", 20)
-    async with running(tmp_path, coordinator, seal_age_ms=100) as service:
+async def test_many_partitions_share_one_announcement(tmp_path: Path, world: World):
+    await world.create_topic("orders", 20)
+    async with running(tmp_path, world.coordinator, seal_age_ms=100) as service:
         await led(service, partition=19)
         await asyncio.gather(*(service.api.produce(request(b"v", partition=p)) for p in range(20)))
-        await eventually(lambda: coordinator.buffers)
-        assert [len(b.slices) for b in coordinator.buffers.values()] == [20]
+        await eventually(lambda: world.buffers)
+        assert [len(b.slices) for b in world.buffers.values()] == [20]
 
 
-async def test_an_announcement_is_repeated_until_it_is_heard(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
-    async with running(tmp_path, coordinator, seal_age_ms=20) as service:
-        coordinator.down = True
+async def test_an_announcement_is_repeated_until_it_is_heard(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator, seal_age_ms=20) as service:
+        world.coordinator.down = True
         await service.api.produce(request(b"a"))
-        await eventually(lambda: coordinator.calls.get("announce_buffer", 0) >= 3)
-        coordinator.down = False
-        await eventually(lambda: coordinator.buffers)
+        await eventually(lambda: world.coordinator.refused["announce_buffer"] >= 3)
+        world.coordinator.down = False
+        await eventually(lambda: world.buffers)
 
 
 async def test_what_is_left_of_a_buffer_registered_in_part_is_announced_anew(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
-    key = (topic_id, 0, 1)
-    async with running(tmp_path, coordinator, seal_age_ms=50) as service:
+    key = RangeKey(orders, 0, 1)
+    async with running(tmp_path, world.coordinator, seal_age_ms=50) as service:
         for i in range(4):
             await service.api.produce(request(b"%d" % i))
-        await eventually(lambda: coordinator.buffers)
-        (old,) = coordinator.buffers
-        assert coordinator.register(key, 0, 3)
-        coordinator.complete(old)
-        await eventually(lambda: coordinator.buffers)
-        (new,) = coordinator.buffers.values()
+        await eventually(lambda: world.buffers)
+        (old,) = world.buffers
+        assert await world.register(key, 0, 3)
+        await world.complete(old)
+        await eventually(lambda: world.buffers)
+        (new,) = world.buffers.values()
         assert new.buffer_id != old
         assert [(s.base_offset, s.end_offset) for s in new.slices] == [(3, 4)]
         assert (await pull(service, key, 3, 4)).values.to_list() == [b"3"]
@@ -1499,115 +1458,111 @@ def written_bytes(service: IngestService) -> int:
     return service.agent.running().opened.wal.active_bytes
 
 
-async def test_g6_a_damaged_frame_is_reported_lost_and_never_skipped(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
-    async with running(tmp_path, coordinator) as service:
+async def test_g6_a_damaged_frame_is_reported_lost_and_never_skipped(tmp_path: Path, world: World, orders: bytes):
+    first = RangeKey(orders, 0, 1)
+    async with running(tmp_path, world.coordinator) as service:
         for i in range(5):
             await service.api.produce(request(b"%d" % i * 100))
         middle = written_bytes(service) // 2
     (path,) = wal_files(tmp_path)
     flip_bit(path, middle)
-    async with running(tmp_path, coordinator) as service:
-        await eventually(lambda: coordinator.ranges[(topic_id, 0, 1)].lost == [(2, 3)])
-        assert values_of(await read(service, topic_id, 0)) == [b"0" * 100, b"1" * 100]
+    async with running(tmp_path, world.coordinator) as service:
+        await eventually(lambda: world.lost(first) == [(2, 3)])
+        assert values_of(await read(service, orders, 0)) == [b"0" * 100, b"1" * 100]
         with pytest.raises(errors.DataLoss) as caught:
-            await read(service, topic_id, 2)
+            await read(service, orders, 2)
         assert (caught.value.details["base_offset"], caught.value.details["end_offset"]) == ("2", "3")
-        segmenter = SegmenterStandIn(coordinator, service)
-        await eventually(lambda: coordinator.buffers)
-        await segmenter.drain()
-        assert coordinator.ranges[(topic_id, 0, 1)].registered_end == 5
-        assert sorted(key[3] for key in segmenter.segments) == [0, 3]
+        async with segmenting(world, service):
+            await eventually(lambda: world.range(first).registered_end == 5)
+        assert [segment.base_offset for segment in world.segments_of(first)] == [0, 3]
 
 
 async def test_g2_offsets_that_damage_may_hide_are_not_used_again_and_reported_as_possibly_lost(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, world: World, orders: bytes, caplog: pytest.LogCaptureFixture
 ):
-    async with running(tmp_path, coordinator) as service:
+    async with running(tmp_path, world.coordinator) as service:
+        await led(service, partition=1)
         await service.api.produce(request(b"first"))
         begin = written_bytes(service)
         await service.api.produce(request(b"acknowledged"))
         await service.api.produce(request(b"other", partition=1))
     flip_bit(wal_files(tmp_path)[0], begin)
-    old = coordinator.ranges[(topic_id, 0, 1)]
-    async with running(tmp_path, coordinator) as service:
-        assert old.end == old.limit
-        assert (await service.api.produce(request(b"next"))).base_offset == old.limit
+    old = RangeKey(orders, 0, 1)
+    limit = world.range(old).limit_offset
+    async with running(tmp_path, world.coordinator) as service:
+        await led(service, partition=1)
+        assert world.range(old).end_offset == limit
+        assert (await service.api.produce(request(b"next"))).base_offset == limit
         assert (await service.api.produce(request(b"next", partition=1))).base_offset == 1, "its last frame is sound"
-        assert old.lost == [(1, old.limit)]
+        await eventually(lambda: world.lost(old) == [(1, limit)])
         assert "orders/0 epoch 1: offsets 1 to 1073741824: possibly lost: the write-ahead log is damaged" in caplog.text
-        assert values_of(await read(service, topic_id, 0)) == [b"first"]
+        assert values_of(await read(service, orders, 0)) == [b"first"]
         with pytest.raises(errors.DataLoss):
-            await read(service, topic_id, 1)
-        await eventually(lambda: coordinator.buffers)
-        await SegmenterStandIn(coordinator, service).drain()
-        assert old.registered_end == old.limit
-    async with running(tmp_path, coordinator) as service:
-        assert (await service.api.produce(request(b"more"))).base_offset == old.limit + 1, "the damage is known by now"
+            await read(service, orders, 1)
+        async with segmenting(world, service):
+            await eventually(lambda: world.range(old).registered_end == limit)
+    async with running(tmp_path, world.coordinator) as service:
+        assert (await service.api.produce(request(b"more"))).base_offset == limit + 1, "the damage is known by now"
 
 
-async def test_g2_damage_after_the_log_was_given_away_is_as_new_as_any(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
+async def test_g2_damage_after_the_log_was_given_away_is_as_new_as_any(tmp_path: Path, world: World, orders: bytes):
     """Damage once, everything registered, a stop that leaves no file; then damage again."""
 
-    async def damaged_start() -> tuple[Range, IngestService]:
-        async with running(tmp_path, coordinator) as service:
+    async def damaged_start() -> tuple[RangeKey, IngestService]:
+        async with running(tmp_path, world.coordinator) as service:
             await service.api.produce(request(b"first"))
             begin = written_bytes(service)
             hidden = await service.api.produce(request(b"acknowledged"))
         flip_bit(wal_files(tmp_path)[0], begin)
-        old = coordinator.ranges[(topic_id, 0, hidden.epoch)]
-        service = await started(tmp_path, coordinator)
+        service = await started(tmp_path, world.coordinator)
         await led(service)
-        return old, service
+        return RangeKey(orders, 0, hidden.epoch), service
 
     old, service = await damaged_start()
-    assert old.end == old.limit
-    async with draining(SegmenterStandIn(coordinator, service)):
+    assert world.range(old).end_offset == world.range(old).limit_offset
+    async with segmenting(world, service):
         await service.stop()
     assert not wal_files(tmp_path)
     old, service = await damaged_start()
     await kill(service)
-    assert old.end == old.limit, "else the offset of what was acknowledged is given out again"
+    beyond = "else the offset of what was acknowledged is given out again"
+    assert world.range(old).end_offset == world.range(old).limit_offset, beyond
 
 
-async def test_g2_after_a_torn_write_offsets_go_on_beyond_the_limit(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
-    async with running(tmp_path, coordinator) as service:
+async def test_g2_after_a_torn_write_offsets_go_on_beyond_the_limit(tmp_path: Path, world: World, orders: bytes):
+    async with running(tmp_path, world.coordinator) as service:
         await service.api.produce(request(b"first"))
     path = wal_files(tmp_path)[0]
     path.write_bytes(path.read_bytes() + bytes(4096))
-    old = coordinator.ranges[(topic_id, 0, 1)]
-    async with running(tmp_path, coordinator) as service:
-        assert (old.end, old.lost) == (1, [])
-        assert (await service.api.produce(request(b"next"))).base_offset == old.limit
-    async with running(tmp_path, coordinator) as service:
-        assert (await service.api.produce(request(b"more"))).base_offset == old.limit + 1
+    old = RangeKey(orders, 0, 1)
+    limit = world.range(old).limit_offset
+    async with running(tmp_path, world.coordinator) as service:
+        assert (world.range(old).end_offset, world.lost(old)) == (1, [])
+        assert (await service.api.produce(request(b"next"))).base_offset == limit
+    async with running(tmp_path, world.coordinator) as service:
+        assert (await service.api.produce(request(b"more"))).base_offset == limit + 1
 
 
 async def test_g2_what_a_power_failure_takes_back_of_a_log_that_was_not_synced_is_not_written_anew(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
     limits = {"wal_fsync": "interval", "wal_fsync_interval_ms": 60_000}
-    async with running(tmp_path, coordinator, **limits) as service:
+    async with running(tmp_path, world.coordinator, **limits) as service:
         await service.api.produce(request(b"kept"))
         kept = wal_files(tmp_path)[0].stat().st_size
         await service.api.produce(request(b"acknowledged and read, then gone"))
-        assert values_of(await read(service, topic_id, 1)) == [b"acknowledged and read, then gone"]
+        assert values_of(await read(service, orders, 1)) == [b"acknowledged and read, then gone"]
     os.truncate(wal_files(tmp_path)[0], kept)
-    limit = coordinator.ranges[(topic_id, 0, 1)].limit
-    async with running(tmp_path, coordinator) as service:  # as careful as before, whatever the policy is now
+    limit = world.range(RangeKey(orders, 0, 1)).limit_offset
+    async with running(tmp_path, world.coordinator) as service:  # as careful as before, whatever the policy is now
         assert (await service.api.produce(request(b"other"))).base_offset == limit
     for _ in range(2):
-        service = await started(tmp_path, coordinator, **limits)
+        service = await started(tmp_path, world.coordinator, **limits)
         await led(service)
         assert (await service.api.produce(request(b"on"))).base_offset > limit
-        async with draining(SegmenterStandIn(coordinator, service)):
+        async with segmenting(world, service):
             await service.stop()
-    async with running(tmp_path, coordinator) as service:
+    async with running(tmp_path, world.coordinator) as service:
         assert (await service.api.produce(request(b"on"))).base_offset == limit + 3, "a log that was closed is whole"
 
 
@@ -1641,15 +1596,16 @@ async def test_g6_a_batch_damaged_after_it_was_written_is_an_error_when_read_bac
         assert values_of(await read(service, orders, 4))[:2] == values[4:6]
 
 
+@pytest.mark.usefixtures("no_time_passes")
 async def test_g6_damage_on_a_running_agents_disk_holds_up_nothing_but_what_it_hit(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
+    tmp_path: Path, world: World, orders: bytes
 ):
     """Of a buffer that is read from the log again for its hand-over the damaged batches are cut out and reported; the
     rest is registered, in order, and acknowledged. A durable ack of what was hit is refused."""
     values = [os.urandom(50_000) for _ in range(32)]
     hit = (0, 7, 8, 20, 31)
     stamps = [ProducerStamp(n + 1, 0, 0) for n in range(32)]
-    async with running(tmp_path, coordinator, **SMALL_MEMORY) as service:
+    async with running(tmp_path, world.coordinator, **SMALL_MEMORY) as service:
         durable: dict[int, asyncio.Task[pb.ProduceResponse]] = {}
         for n, value in enumerate(values):
             call = service.api.produce(request(value, acks=DURABLE if n in (7, 10) else WAL, stamp=stamps[n]))
@@ -1664,9 +1620,8 @@ async def test_g6_damage_on_a_running_agents_disk_holds_up_nothing_but_what_it_h
             service.agent.running().logs.memory_bytes -= buffer.drop_batches()
         for n in hit:
             flip_in(wal_files(tmp_path)[0], values[n])
-        segmenter = SegmenterStandIn(coordinator, service)
         service.agent.running().sealer.seal_now([held])
-        async with draining(segmenter):
+        async with segmenting(world, service):
             assert (await durable[10]).base_offset == 10
             with pytest.raises(errors.DataLoss) as caught:
                 await durable[7]
@@ -1674,54 +1629,52 @@ async def test_g6_damage_on_a_running_agents_disk_holds_up_nothing_but_what_it_h
             await eventually(lambda: held.log.registered_end == 32)
             again = await service.api.produce(request(values[7], acks=DURABLE, stamp=stamps[7]))
             assert (again.base_offset, again.duplicate) == (32, False), "a retry of what was lost is written anew"
-        row = coordinator.ranges[(topic_id, 0, 1)]
-        assert sorted(row.lost) == [(0, 1), (7, 9), (20, 21), (31, 32)]
-        stored = [item for _, records in sorted(segmenter.segments.items()) for item in offsets_and_values(records)]
+        assert world.lost(RangeKey(orders, 0, 1)) == [(0, 1), (7, 9), (20, 21), (31, 32)]
+        stored = await world.stored(RangeKey(orders, 0, 1))
         assert stored == [(n, value) for n, value in enumerate([*values, values[7]]) if n not in hit]
         await eventually(lambda: service.agent.running().logs.memory_bytes == 0)
 
 
-async def test_g1_a_durable_retry_is_not_acknowledged_by_what_damage_took(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
+async def test_g1_a_durable_retry_is_not_acknowledged_by_what_damage_took(tmp_path: Path, world: World, orders: bytes):
     """The coordinator was told of it when the range was settled, before the damage, and tells the next epoch."""
     value, stamp = os.urandom(2000), ProducerStamp(7, 0, 0)
-    async with running(tmp_path, coordinator) as service:
+    old = RangeKey(orders, 0, 1)
+    async with running(tmp_path, world.coordinator) as service:
         await service.api.produce(request(value, stamp=stamp))
         await service.api.produce(request(b"another"))
-    async with running(tmp_path, coordinator):
-        old = coordinator.ranges[(topic_id, 0, 1)]
-        assert (old.end, old.registered_end) == (2, 0)
-        assert set(decode_snapshot(old.snapshot)) == {7}
+    async with running(tmp_path, world.coordinator):
+        assert (world.range(old).end_offset, world.range(old).registered_end) == (2, 0)
+        assert world.producers(old, 2) == {7}
     flip_in(wal_files(tmp_path)[0], value)
-    async with running(tmp_path, coordinator) as service:
-        segmenter = SegmenterStandIn(coordinator, service)
-        async with draining(segmenter):
-            await eventually(lambda: old.registered_end == 2)
-            assert old.lost == [(0, 1)]
+    async with running(tmp_path, world.coordinator) as service:
+        async with segmenting(world, service):
+            await eventually(lambda: world.range(old).registered_end == 2)
+            assert world.lost(old) == [(0, 1)]
             again = await service.api.produce(request(value, stamp=stamp, acks=DURABLE))
             assert not again.duplicate
-        stored = [item for records in segmenter.segments.values() for item in offsets_and_values(records)]
-        assert sorted(stored) == [(1, b"another"), (2, value)]
+        stored = [
+            item for segment in world.of_partition(orders, 0) if not segment.lost_reason
+            for item in await stored_records(world.objects, segment)
+        ]  # fmt: skip
+        assert stored == [(1, b"another"), (2, value)]
 
 
-async def test_g1_a_durable_retry_elsewhere_is_told_what_damage_took(
-    tmp_path: Path, coordinator: CoordinatorStandIn, topic_id: bytes
-):
+async def test_g1_a_durable_retry_elsewhere_is_told_what_damage_took(tmp_path: Path, world: World, orders: bytes):
     """Another agent was told of the producer, and registration has passed the batch: as a lost one."""
     value, stamp = os.urandom(2000), ProducerStamp(7, 0, 0)
-    async with running(tmp_path / "a", coordinator) as service:
+    old = RangeKey(orders, 0, 1)
+    async with running(tmp_path / "a", world.coordinator) as service:
         await service.api.produce(request(value, stamp=stamp))
         await service.api.produce(request(b"another"))
-    async with running(tmp_path / "a", coordinator):
-        old = coordinator.ranges[(topic_id, 0, 1)]
+    async with running(tmp_path / "a", world.coordinator):
+        """Declares where the range ends, and of which producers it is."""
     flip_in(wal_files(tmp_path / "a")[0], value)
-    async with running(tmp_path / "a", coordinator) as service, draining(SegmenterStandIn(coordinator, service)):
-        await eventually(lambda: old.registered_end == 2)
-    coordinator.expire_all()
-    async with running(tmp_path / "b", coordinator, agent_id="agent-2") as other:
+    async with running(tmp_path / "a", world.coordinator) as service, segmenting(world, service):
+        await eventually(lambda: world.range(old).registered_end == 2)
+    await world.expire_all()
+    async with running(tmp_path / "b", world.coordinator, agent_id="agent-2") as other:
         with pytest.raises(errors.DataLoss, match="offset 0 in epoch 1, and is lost"):
-            await other.api.produce(request(value, stamp=stamp, acks=DURABLE, timeout_ms=2000))
+            await other.api.produce(request(value, stamp=stamp, acks=DURABLE))
 
 
 async def test_g6_a_second_look_at_what_seems_damaged_takes_nothing_out_that_can_be_read(
