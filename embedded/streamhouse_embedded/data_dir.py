@@ -101,7 +101,7 @@ class DataDir:
     def unlock(self) -> None:
         """Releases the lock if it is held."""
         if self._lock >= 0:
-            os.close(self._lock)
+            files.unlock(self._lock)
             self._lock = -1
 
 

@@ -27,7 +27,7 @@ from urllib.parse import quote
 
 import asyncpg
 from shruntime import files
-from shruntime.tasks import Backoff
+from shruntime.tasks import Backoff, run_to_end
 
 from streamhouse_embedded.postgres_system import PostgresError, RunAs, find_bin_dir, stop_orphans
 
@@ -139,7 +139,7 @@ class EmbeddedPostgres:
         self._acquire_lock()
         try:
             bin_dir = find_bin_dir(self._explicit_bin_dir)
-            user = await asyncio.to_thread(RunAs.choose, bin_dir, self.data_dir)
+            user = await run_to_end(RunAs.choose, bin_dir, self.data_dir)
             dsn = await self._open(bin_dir, user)
             if await _has_checksums(dsn):
                 return dsn
@@ -173,7 +173,7 @@ class EmbeddedPostgres:
         """Returns False, with an error in the log, if the server does not start: the disk may be full for a while."""
         try:
             bin_dir = find_bin_dir(self._explicit_bin_dir)
-            await self._open(bin_dir, await asyncio.to_thread(RunAs.choose, bin_dir, self.data_dir))
+            await self._open(bin_dir, await run_to_end(RunAs.choose, bin_dir, self.data_dir))
         except (PostgresError, OSError) as error:
             log.error("PostgreSQL cannot be started again: %s", error)
             return False
@@ -225,7 +225,7 @@ class EmbeddedPostgres:
 
     def _release_lock(self) -> None:
         if self._lock >= 0:
-            os.close(self._lock)
+            files.unlock(self._lock)
             self._lock = -1
 
     async def _open(self, bin_dir: Path, user: RunAs) -> str:
@@ -234,10 +234,10 @@ class EmbeddedPostgres:
             if files.free_bytes(self.data_dir) < RESERVE_BYTES:
                 self._reserve_path.unlink(missing_ok=True)
             user.admit(self.data_dir.parent)
-            await asyncio.to_thread(stop_orphans, self.data_dir)
+            await run_to_end(stop_orphans, self.data_dir)
             if (self.data_dir / "PG_VERSION").exists():
                 await self._check_version(bin_dir, user)
-                await asyncio.to_thread(user.adopt, self.data_dir)
+                await run_to_end(user.adopt, self.data_dir)
                 # The process that renamed it into place may have been killed before that was durable.
                 files.sync_directory(self.data_dir.parent)
             else:
@@ -248,7 +248,7 @@ class EmbeddedPostgres:
                 raise self._no_room(str(exc.strerror)) from exc
             raise PostgresError(f"cannot set up {self.data_dir}: {exc.strerror} ({exc.filename})") from exc
         dsn = await self._start_server(bin_dir, user)
-        await asyncio.to_thread(self._keep_reserve)
+        await run_to_end(self._keep_reserve)
         return dsn
 
     @property
@@ -276,7 +276,7 @@ class EmbeddedPostgres:
     async def _check_version(self, bin_dir: Path, user: RunAs) -> None:
         """Refuses data of another major version than the programs' with PostgresError, as PostgreSQL would."""
         made_by = (self.data_dir / "PG_VERSION").read_bytes()[:32].decode(errors="replace").strip()
-        said = await asyncio.to_thread(self._output_of, user.command(bin_dir / "postgres", ["--version"]), user)
+        said = await run_to_end(self._output_of, user.command(bin_dir / "postgres", ["--version"]), user)
         match = re.search(r"(\d+)(?:\.|devel|beta|rc|\s|$)", said)
         if match is None or match[1] != made_by:
             raise PostgresError(
@@ -300,7 +300,7 @@ class EmbeddedPostgres:
         """
         for leftover in self.data_dir.parent.glob(f"{glob.escape(self.data_dir.name)}.initdb*"):
             if leftover.is_dir():
-                await asyncio.to_thread(stop_orphans, leftover)
+                await run_to_end(stop_orphans, leftover)
             _remove(leftover)
         if files.free_bytes(self.data_dir) < FIRST_START_BYTES:
             raise self._no_room("the first one makes the database", FIRST_START_BYTES)
@@ -358,15 +358,16 @@ class EmbeddedPostgres:
             log_at = output.tell()
             process = _spawn(command, output, user.environ(self.data_dir.parent))
         try:
-            code = await asyncio.to_thread(process.wait, timeout_s)
-        except subprocess.TimeoutExpired:
+            async with asyncio.timeout(timeout_s):
+                await _wait_for_end(process)
+        except TimeoutError:
             raise self._error(f"{name} did not end within {timeout_s} s", log_at) from None
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-        if code:
-            raise self._error(f"{name} failed with exit code {code}", log_at)
+        if process.returncode:
+            raise self._error(f"{name} failed with exit code {process.returncode}", log_at)
 
     async def _start_server(self, bin_dir: Path, user: RunAs) -> str:
         log_at = 0
@@ -536,9 +537,9 @@ async def _stop_process(process: subprocess.Popen[bytes]) -> None:
     try:
         for number in (signal.SIGINT, signal.SIGQUIT):  # fast, then immediate shutdown
             process.send_signal(number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(process.wait, STOP_TIMEOUT_S)
-                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    return await _wait_for_end(process)
     finally:
         if process.poll() is None:  # still there: the server hangs, or this task is being cancelled
             process.kill()

@@ -25,6 +25,9 @@ ORPHAN_STOP_TIMEOUT_S = 10.0
 
 ORPHAN_POLL_S = 0.01
 
+NAMESPACE_TIMEOUT_S = 30.0
+"""For `unshare true`, which takes some ms: a stop of the platform waits for it."""
+
 KEPT_VARIABLES = ("PATH", "TZ", "TZDIR", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD", "ICU_DATA")
 """All that PostgreSQL gets of our environment, beside LC_ALL: where programs, libraries, time zones and temporary files
 are. The rest is ours: credentials of the object store, among others, which PostgreSQL and its users could read."""
@@ -154,8 +157,13 @@ class RunAs:
         for user in pwd.getpwall():
             if user.pw_uid not in (0, UNPRIVILEGED_UID):
                 chosen = cls(namespace_uid=user.pw_uid, client=user.pw_name)
-                works = subprocess.run([*chosen._unshare(), "true"], capture_output=True, check=False)
-                return chosen if works.returncode == 0 else None
+                try:
+                    subprocess.run(
+                        [*chosen._unshare(), "true"], capture_output=True, check=True, timeout=NAMESPACE_TIMEOUT_S
+                    )
+                except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+                    return None
+                return chosen
         return None
 
     def _unshare(self) -> list[str]:

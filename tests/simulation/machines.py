@@ -185,6 +185,9 @@ class Machines:
 
     def flock(self, fd: int, operation: int) -> None:
         _, file = self._file(fd)
+        if operation == FcntlModule.LOCK_UN:
+            file.locked_by = None
+            return
         process = PROCESS.get()
         if file.locked_by is not None and file.locked_by.alive:
             raise BlockingIOError(errno.EWOULDBLOCK, "locked")
@@ -216,7 +219,7 @@ class MmapModule:
 class FcntlModule:
     """The module `fcntl`."""
 
-    LOCK_EX, LOCK_NB = 2, 4
+    LOCK_EX, LOCK_NB, LOCK_UN = 2, 4, 8
 
     def __init__(self, machines: Machines) -> None:
         self.flock = machines.flock

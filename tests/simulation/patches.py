@@ -41,7 +41,8 @@ def patched(
             stack.enter_context(mock.patch.object(module, "os", machines))
         stack.enter_context(mock.patch.object(files, "make_directory", lambda path: None))  # a disk is one directory
         stack.enter_context(mock.patch.object(files, "make_private", lambda path: True))  # of one user
-        stack.enter_context(mock.patch.object(wal_directory, "fcntl", FcntlModule(machines)))
+        for module in (wal_directory, files):
+            stack.enter_context(mock.patch.object(module, "fcntl", FcntlModule(machines)))
         stack.enter_context(mock.patch.object(wal_replay, "mmap", MmapModule(machines)))
         stack.enter_context(mock.patch.object(query_wiring, "DiskCache", SimChunkCache))
         stack.enter_context(mock.patch.object(peers, "Connection", connection))

@@ -6,6 +6,7 @@ raise OSError.
 """
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -86,6 +87,18 @@ def write_at(fd: int, data: bytes, at: int) -> None:
         # A full disk takes a part first, and says that it is full at the next try.
         written += os.pwrite(fd, data[written:], at + written)
     os.fsync(fd)
+
+
+def unlock(fd: int) -> None:
+    """Releases the flock on `fd`, then closes `fd`.
+
+    Closing alone releases nothing while a child that another thread has just forked holds its copy of `fd`, up to its
+    exec: the lock belongs to what all copies share. The end of a process, kill -9 included, closes all copies.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    finally:
+        os.close(fd)
 
 
 def free_bytes(path: Path) -> int:

@@ -11,6 +11,8 @@ run when `stop` is called have ended when `stop` returns.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
 import logging
 import random
 import signal
@@ -48,6 +50,29 @@ async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:
     # Not asyncio.wait: a cancellation of the caller would end the wait and leave the tasks running, and errors that
     # nobody asks for would be logged as defects ("exception was never retrieved").
     await outcomes(*tasks)
+
+
+async def run_to_end(call: Callable[..., T], *arguments: object) -> T:
+    """Runs a blocking call in a thread, and returns its result.
+
+    No cancellation stops a thread. Where `asyncio.to_thread` would return at once and leave the thread at work behind
+    its owner, a cancellation of the caller is raised here once the call has ended.
+    """
+    context = contextvars.copy_context()
+    return await until_done(asyncio.get_running_loop().run_in_executor(None, lambda: context.run(call, *arguments)))
+
+
+async def until_done(future: asyncio.Future[T]) -> T:
+    """Returns the result of a future that nobody else awaits. A cancellation of the caller is raised once the future
+    is done, which then still has its result."""
+    try:
+        return await asyncio.shield(future)
+    finally:
+        while not future.done():  # the caller is being cancelled; further cancellations are part of that one
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([future])
+        if not future.cancelled():
+            future.exception()  # counts as seen, or asyncio would log it as a defect
 
 
 class Tasks:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias, TypeVar
 
-from shruntime.files import PRIVATE_FILE
+from shruntime.files import PRIVATE_FILE, unlock
 
 from shstore.errors import (
     BodyTruncated,
@@ -154,7 +154,7 @@ class DirectoryLock:
             fcntl.flock(fd, kind)
             yield fd
         finally:
-            os.close(fd)
+            unlock(fd)
 
 
 def _number(fd: int) -> int:

@@ -16,7 +16,7 @@ from shproto.services import CoordinatorApi
 from shproto.v1 import ingest_pb2 as pb
 from shruntime.clock import Clock
 from shruntime.disk_space import DiskSpace
-from shruntime.tasks import Tasks, ends_within
+from shruntime.tasks import Tasks, ends_within, until_done
 
 from streamhouse_ingest.log.logs import HeldLog, Logs
 from streamhouse_ingest.log.partition_log import PartitionLog
@@ -77,10 +77,11 @@ class Agent:
 
         Raises WalDirectoryError (locked, or of another agent), AgentIdTaken, OSError; everything opened is closed then.
         """
-        opened: OpenedLog | None = None
         running: AgentParts | None = None
+        opening = asyncio.get_running_loop().run_in_executor(self._thread, self._open_log)
         try:
-            opened = await asyncio.get_running_loop().run_in_executor(self._thread, self._open_log)
+            # A start that is cancelled waits for the thread, which would lock the directory for nobody otherwise.
+            opened = await until_done(opening)
             running = assemble(self._around, opened, self._restore(opened.replay), advertised_address)
             self._observe(running)
             self._spawn_parts(running)
@@ -95,8 +96,8 @@ class Agent:
                     await running.session.close()  # otherwise the id stays taken until the session expires
             finally:
                 await self.tasks.stop()
-                if opened is not None:
-                    opened.unlock()
+                if opening.done() and not opening.cancelled() and opening.exception() is None:
+                    opening.result().unlock()
                 self._thread.shutdown(wait=False)
             raise
         self._following = self.tasks.spawn("session", running.session.run())

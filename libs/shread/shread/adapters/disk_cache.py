@@ -20,7 +20,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shruntime.files import PRIVATE_DIRECTORY, PRIVATE_FILE, make_private
+from shruntime.files import PRIVATE_DIRECTORY, PRIVATE_FILE, make_private, unlock
+from shruntime.tasks import run_to_end
 
 from shread.chunk_reader import CacheDirError, ChunkId
 from shread.core.lru import LruLimit
@@ -60,21 +61,20 @@ class DiskCache:
     async def open(self) -> None:
         """Takes the directory and finds the chunks of an earlier run. Raises CacheDirError."""
         try:
-            names = await asyncio.to_thread(self._open)
-        except CacheDirError:
+            names = await run_to_end(self._open)
+            surplus: list[str] = []
+            for name, size_bytes in names:
+                surplus += self._limit.admit(name, size_bytes)
+            await run_to_end(self._unlink, surplus)
+        except BaseException as error:  # also a cancellation: the thread has taken the lock by now
             self.close()
+            if isinstance(error, OSError) and not isinstance(error, CacheDirError):
+                raise CacheDirError(f"cache_dir {self._directory} cannot be used: {error.strerror}") from error
             raise
-        except OSError as error:
-            self.close()
-            raise CacheDirError(f"cache_dir {self._directory} cannot be used: {error.strerror}") from error
-        surplus: list[str] = []
-        for name, size_bytes in names:
-            surplus += self._limit.admit(name, size_bytes)
-        await asyncio.to_thread(self._unlink, surplus)
 
     def close(self) -> None:
         if self._lock >= 0:
-            os.close(self._lock)
+            unlock(self._lock)
             self._lock = -1
 
     def _open(self) -> list[tuple[str, int]]:

@@ -73,7 +73,7 @@ class WalDirectory:
                 log.warning("%s holds records, is open to other users and belongs to one: `chmod 700` it", path)
             return cls(path, lock, agent_id, wal_id, version)
         except BaseException:
-            os.close(lock)
+            files.unlock(lock)
             raise
 
     def file_path(self, sequence: int) -> Path:
@@ -191,7 +191,7 @@ class WalDirectory:
         files.sync_directory(self.path)
 
     def close(self) -> None:
-        os.close(self._lock)
+        files.unlock(self._lock)
 
 
 def _lock(lock: int, path: Path) -> None:
