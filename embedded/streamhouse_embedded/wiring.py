@@ -6,8 +6,8 @@ server, coordinator, PostgreSQL, so that ingest drains while everything needed t
 
 Owns: the parts of the process, the order of their start and stop, the health status of the gRPC server. Does not own:
 the work of the parts, the data directory's layout (data_dir.py), PostgreSQL's process (postgres.py).
-Invariants: a failed start stops the parts that were started. The health status is SERVING only once all parts have
-started, and while PostgreSQL, if the platform runs it, answers. A part that dies fails `tasks`.
+Invariants: a start that fails or is cancelled stops the parts that were started. The health status is SERVING only
+once all parts have started, and while PostgreSQL, if the platform runs it, answers. A part that dies fails `tasks`.
 """
 
 import asyncio
@@ -101,6 +101,7 @@ class EmbeddedPlatform:
         try:
             return await self._start()
         except BaseException:
+            await self.tasks.stop()  # the watch of PostgreSQL begins with the database
             await self._stack.aclose()
             raise
 
@@ -133,21 +134,22 @@ class EmbeddedPlatform:
         )
         limits = ServerLimits.of(self._settings)
         server = RpcServer(self._settings.listen, apis, telemetry.server(), limits, self._supervisor)
+        # Each stop is registered before its start, which may fail or be cancelled half-way.
+        self._stack.push_async_callback(coordinator.stop)
+        self._stack.push_async_callback(server.stop, CALL_GRACE_MS)
         await server.bind()
         address = await advertised_address(self._settings, server.address)
 
         await coordinator.start()
-        self._stack.push_async_callback(coordinator.stop)
         await coordinator.open_session(address)
-        self._stack.push_async_callback(server.stop, CALL_GRACE_MS)
-        await segmenter.start()
         self._stack.push_async_callback(segmenter.stop)
-        await query.start(address)
+        await segmenter.start()
         self._stack.push_async_callback(query.stop)
+        await query.start(address)
         # Before the agent, which waits until metadata that went back are repaired: the repair needs the coordinator.
         await server.start()
-        await ingest.start(address)
         self._stack.push_async_callback(ingest.stop)
+        await ingest.start(address)
         self._stack.push_async_callback(self.tasks.stop)
         self.tasks.spawn("coordinator watch", coordinator.failed())
         for name, tasks in (("ingest", ingest.tasks), ("query", query.tasks), ("segmenter", segmenter.tasks)):

@@ -113,6 +113,7 @@ class RpcServer:
         )
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server: grpc.aio.Server | None = None
+        self._started = False
         self.port = 0
 
     @property
@@ -165,6 +166,7 @@ class RpcServer:
             await self.bind()
         assert self._server is not None, "bind() sets it or raises"
         await self.set_serving(False)
+        self._started = True
         await self._server.start()
         address_limit = AddressLimit(self.port, self._limits.connections.per_address_max)
         self._tasks.spawn("connections per address", address_limit.run())
@@ -181,8 +183,13 @@ class RpcServer:
         """Refuses new calls at once, gives running calls `grace_ms`, then cuts endless streams."""
         if self._server is not None:
             await self.set_serving(False)
+            if not self._started:
+                # gRPC gives the port of a server that never started back at the end of the process, not at its stop.
+                await self._server.start()
+                grace_ms = 0
             await self._server.stop(grace_ms / 1000)
             self._server = None
+            self._started = False
         await self._tasks.stop()
 
 

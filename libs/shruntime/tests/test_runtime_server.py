@@ -12,7 +12,7 @@ from shproto.errors import AWAY, Internal, OffsetBeyondEnd, StreamHouseError, Un
 from shproto.rpc import Connection, time_left_ms
 from shproto.services import QueryClient
 from shproto.v1 import query_pb2
-from shruntime.server import ListenError, RpcServer
+from shruntime.server import ListenError, RpcServer, check_listen
 from shruntime.telemetry import Telemetry
 
 SERVICE = query_pb2.DESCRIPTOR.services_by_name["Query"]
@@ -203,6 +203,16 @@ async def test_an_address_of_nobody_here_is_one_clear_error(
     with pytest.raises(ListenError, match=f"cannot listen on {listen}: {said}"):
         await RpcServer(listen, [(SERVICE, EchoQuery())]).start()
     assert capfd.readouterr().err == ""
+
+
+async def test_a_server_that_never_started_gives_its_port_back() -> None:
+    server = RpcServer("127.0.0.1:0", ())
+    await server.bind()
+    listen = server.address
+    with pytest.raises(ListenError):
+        await check_listen(listen)
+    await server.stop(60_000)
+    await check_listen(listen)
 
 
 async def test_a_name_with_several_addresses_is_listened_on() -> None:
