@@ -63,7 +63,7 @@ async def run_to_end(call: Callable[..., T], *arguments: object) -> T:
 
 
 async def until_done(future: asyncio.Future[T]) -> T:
-    """Returns the result of a future that nobody else awaits. A cancellation of the caller is raised once the future
+    """Returns the result of a future that has no other waiter. A cancellation of the caller is raised once the future
     is done, which then still has its result."""
     try:
         return await asyncio.shield(future)

@@ -80,7 +80,7 @@ class Agent:
         running: AgentParts | None = None
         opening = asyncio.get_running_loop().run_in_executor(self._thread, self._open_log)
         try:
-            # A start that is cancelled waits for the thread, which would lock the directory for nobody otherwise.
+            # A start that is cancelled waits for the thread, which would lock the directory afterwards.
             opened = await until_done(opening)
             running = assemble(self._around, opened, self._restore(opened.replay), advertised_address)
             self._observe(running)
