@@ -17,7 +17,7 @@ from shruntime.tasks import cancel_and_wait
 
 from streamhouse_ingest.agent import Agent
 from streamhouse_ingest.produce.in_flight import ConnectionByteLimit
-from streamhouse_ingest.produce.service import Accepted, ProduceService
+from streamhouse_ingest.produce.service import PendingProduce, ProduceService
 
 
 class IngestApi:
@@ -81,7 +81,7 @@ class IngestApi:
         return self._agent.describe()
 
 
-async def _answer(produce: ProduceService, item: Accepted | pb.ProduceResponse) -> pb.ProduceResponse:
+async def _answer(produce: ProduceService, item: PendingProduce | pb.ProduceResponse) -> pb.ProduceResponse:
     if isinstance(item, pb.ProduceResponse):
         return item
     try:
@@ -102,7 +102,7 @@ class _Window:
         self._bytes_max = bytes_max
         self.unanswered: deque[int] = deque()
         self._bytes = 0
-        self._items: deque[Accepted | pb.ProduceResponse] = deque()
+        self._items: deque[PendingProduce | pb.ProduceResponse] = deque()
         self._closed = False
         self._moved = asyncio.Event()
 
@@ -116,7 +116,7 @@ class _Window:
         self.unanswered.append(size_bytes)
         self._bytes += size_bytes
 
-    def put(self, item: Accepted | pb.ProduceResponse) -> None:
+    def put(self, item: PendingProduce | pb.ProduceResponse) -> None:
         """Queues the outcome of the request admitted last."""
         self._items.append(item)
         self._moved.set()
@@ -128,7 +128,7 @@ class _Window:
         self._moved.set()
         return size_bytes
 
-    async def next(self) -> "Accepted | pb.ProduceResponse | None":
+    async def next(self) -> "PendingProduce | pb.ProduceResponse | None":
         """Returns the next outcome to answer with; None once the stream has ended and all requests are answered."""
         while not self._items:
             if self._closed:

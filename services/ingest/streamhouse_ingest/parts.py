@@ -24,7 +24,7 @@ from streamhouse_ingest.ports import LogFiles, OpenedLog
 from streamhouse_ingest.produce.service import ProduceService
 from streamhouse_ingest.produce.topics import TopicLookup
 from streamhouse_ingest.produce.writer import Writer, WriterLimits
-from streamhouse_ingest.reading.damage import Damage
+from streamhouse_ingest.reading.corrupt_batches import CorruptBatches
 from streamhouse_ingest.reading.tail import TailReader
 from streamhouse_ingest.sealing.sealer import Sealer
 from streamhouse_ingest.sealing.sealing import SealLimits
@@ -97,8 +97,8 @@ def assemble(around: AgentContext, opened: OpenedLog, logs: Logs, address: str) 
     grants = session.grants
     topics = TopicLookup(logs, around.coordinator, around.clock, settings.agent_id, grants.refresh)
     produce = ProduceService(logs, writer, topics, around.clock, settings, around.metrics)
-    damage = Damage(logs, opened.reader, sealer, around.metrics, grants.want_all)
-    tail = _tail(around, opened, logs, damage)
+    corrupt_batches = CorruptBatches(logs, opened.reader, sealer, around.metrics, grants.want_all)
+    tail = _tail(around, opened, logs, corrupt_batches)
     return AgentParts(
         opened=opened,
         logs=logs,
@@ -124,12 +124,12 @@ def _writer_limits(settings: IngestSettings) -> WriterLimits:
     )
 
 
-def _tail(around: AgentContext, opened: OpenedLog, logs: Logs, damage: Damage) -> TailReader:
+def _tail(around: AgentContext, opened: OpenedLog, logs: Logs, corrupt_batches: CorruptBatches) -> TailReader:
     settings = around.settings
     return TailReader(
         logs,
         opened.reader,
-        damage,
+        corrupt_batches,
         around.clock,
         bytes_max=settings.read_tail_bytes_max,
         wait_ms_max=settings.read_tail_wait_ms_max,

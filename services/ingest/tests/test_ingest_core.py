@@ -4,7 +4,7 @@ import pytest
 from shproto.keys import RangeKey
 from streamhouse_ingest.log.lease import Lease
 from streamhouse_ingest.log.wal_index import WalIndex
-from streamhouse_ingest.sealing.sealing import Candidate, SealLimits, limits_behind, plan_seals
+from streamhouse_ingest.sealing.sealing import SealCandidate, SealLimits, limits_behind, plan_seals
 
 pytestmark = pytest.mark.quick
 
@@ -30,17 +30,17 @@ def test_a_lease_runs_from_before_its_renewal_was_sent_minus_the_margin():
 
 
 def test_nothing_is_due_before_its_time():
-    plan = plan_seals([Candidate(key=key(0), size_bytes=99, first_append_ms=0)], 999, LIMITS)
+    plan = plan_seals([SealCandidate(key=key(0), size_bytes=99, first_append_ms=0)], 999, LIMITS)
     assert (plan.objects, plan.look_again_ms) == ((), 1000)
 
 
 def test_due_by_size_age_durable_waiter_and_order():
     candidates = [
-        Candidate(key=key(0), size_bytes=100, first_append_ms=900),
-        Candidate(key=key(1), size_bytes=1, first_append_ms=0),
-        Candidate(key=key(2), size_bytes=1, first_append_ms=900, durable_since_ms=980),
-        Candidate(key=key(3), size_bytes=1, first_append_ms=990, must=True),
-        Candidate(key=key(4), size_bytes=1, first_append_ms=990, durable_since_ms=995),
+        SealCandidate(key=key(0), size_bytes=100, first_append_ms=900),
+        SealCandidate(key=key(1), size_bytes=1, first_append_ms=0),
+        SealCandidate(key=key(2), size_bytes=1, first_append_ms=900, durable_since_ms=980),
+        SealCandidate(key=key(3), size_bytes=1, first_append_ms=990, must=True),
+        SealCandidate(key=key(4), size_bytes=1, first_append_ms=990, durable_since_ms=995),
     ]
     plan = plan_seals(candidates, 1000, LIMITS)
     assert plan.objects == ((key(0), key(1), key(2), key(3)),)
@@ -50,9 +50,9 @@ def test_due_by_size_age_durable_waiter_and_order():
 def test_those_soon_due_by_age_share_the_object():
     plan = plan_seals(
         [
-            Candidate(key=key(0), size_bytes=1, first_append_ms=0),
-            Candidate(key=key(1), size_bytes=1, first_append_ms=500),
-            Candidate(key=key(2), size_bytes=1, first_append_ms=501),
+            SealCandidate(key=key(0), size_bytes=1, first_append_ms=0),
+            SealCandidate(key=key(1), size_bytes=1, first_append_ms=500),
+            SealCandidate(key=key(2), size_bytes=1, first_append_ms=501),
         ],
         1000,
         LIMITS,
@@ -63,14 +63,14 @@ def test_those_soon_due_by_age_share_the_object():
 
 def test_beyond_the_total_the_largest_go_first():
     candidates = [
-        Candidate(key=key(i), size_bytes=size, first_append_ms=0) for i, size in enumerate((90, 99, 95, 98, 97, 96))
+        SealCandidate(key=key(i), size_bytes=size, first_append_ms=0) for i, size in enumerate((90, 99, 95, 98, 97, 96))
     ]
     plan = plan_seals(candidates, 10, LIMITS)
     assert plan.objects == ((key(1),),)
 
 
 def test_an_object_has_a_size_limit():
-    plan = plan_seals([Candidate(key=key(i), size_bytes=100, first_append_ms=0) for i in range(5)], 0, LIMITS)
+    plan = plan_seals([SealCandidate(key=key(i), size_bytes=100, first_append_ms=0) for i in range(5)], 0, LIMITS)
     assert plan.objects == ((key(0), key(1)), (key(2), key(3)), (key(4),))
 
 
@@ -85,7 +85,7 @@ def test_with_a_backlog_buffers_wait_longer_for_company():
         seal_bytes=100, seal_age_ms=3_600_000, durable_linger_ms=20, open_bytes_max=500, object_bytes_max=256
     )
     assert limits_behind(slow, 64).seal_age_ms == 3_600_000, "never below the setting"
-    full = Candidate(key=key(0), size_bytes=100, first_append_ms=0)
+    full = SealCandidate(key=key(0), size_bytes=100, first_append_ms=0)
     assert plan_seals([full], 0, limits_behind(LIMITS, 10**6)).objects == ((key(0),),), "what is full does not wait"
 
 

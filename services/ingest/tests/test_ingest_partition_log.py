@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from shformat import ProducerStamp
 from shproto.keys import RangeKey
 from streamhouse_ingest.log.buffer import Buffer, WalPosition
-from streamhouse_ingest.log.partition_log import BatchAppended, PartitionLog, Span
+from streamhouse_ingest.log.partition_log import BatchAppended, OffsetSpan, PartitionLog
 from streamhouse_ingest.log.producers import DuplicateOf, OutOfSequence, ProducerTable, decode_snapshot
 from streamhouse_ingest.produce.draft import Draft, NotLed, RangeExhausted
 
@@ -141,15 +141,15 @@ def test_gaps_of_a_replay_are_lost_spans_until_registration_has_passed_them():
     log.restore([first, second], 35)
     log.name("orders", 0, 2)
     log.extend(1000)
-    assert log.lost_spans() == [Span(0, 10), Span(15, 30)]
+    assert log.lost_spans() == [OffsetSpan(0, 10), OffsetSpan(15, 30)]
     log.settle(50)
-    assert log.lost_spans() == [Span(0, 10), Span(15, 30), Span(35, 50)]
-    assert log.gap_at(16) == Span(15, 30)
+    assert log.lost_spans() == [OffsetSpan(0, 10), OffsetSpan(15, 30), OffsetSpan(35, 50)]
+    assert log.gap_at(16) == OffsetSpan(15, 30)
     assert log.gap_at(12) is None
     assert held(log, 12) == [50], "a read stops at the gap"
     assert held(log, 15) == []
     log.register(30)
-    assert log.lost_spans() == [Span(35, 50)]
+    assert log.lost_spans() == [OffsetSpan(35, 50)]
     log.register(50)
     assert log.lost_spans() == []
     assert log.next_offset == 50
@@ -271,7 +271,7 @@ def test_batches_that_cannot_be_read_back_are_cut_out_and_forgotten():
     assert log.cut_out(buffer, {WalPosition(1, at, 20) for at in (100, 200, 500)}) == list(log.sealed)[:2]
     assert [(b.base_offset, b.end_offset, b.size_bytes) for b in log.sealed] == [(0, 2, 20), (6, 10, 40), (12, 14, 20)]
     assert log.sealed[2] is later
-    assert log.lost_spans() == [Span(2, 6), Span(10, 12)]
+    assert log.lost_spans() == [OffsetSpan(2, 6), OffsetSpan(10, 12)]
     assert [log.is_damaged(offset) for offset in (1, 2, 5, 6, 9, 10, 11, 12)] == [0, 1, 1, 0, 0, 1, 1, 0]
     state = log.producers.get(7)
     assert state is not None and [batch.base_offset for batch in state.batches] == [0, 6, 8]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shformat import HeaderColumns, WalFrame
 from shproto.keys import RangeKey
-from streamhouse_ingest.log.replay import Replay, runs_of
+from streamhouse_ingest.log.replay import Replay, frames_by_log
 
 pytestmark = pytest.mark.quick
 
@@ -64,7 +64,7 @@ def found(replay: Replay) -> dict[str, Any]:
 def add_all(replay: Replay, frames: list[WalFrame], headers: HeaderColumns, together: int) -> None:
     for start in range(0, len(frames), together):
         part = slice(start, start + together)
-        for key, run in runs_of(frames[part], HeaderColumns(*(column[part] for column in headers))):
+        for key, run in frames_by_log(frames[part], HeaderColumns(*(column[part] for column in headers))):
             replay.add(key, FILE, run)
 
 

@@ -26,7 +26,7 @@ from shformat import (
 from shproto.keys import RangeKey
 
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
-from streamhouse_ingest.log.replay import Replay, runs_of
+from streamhouse_ingest.log.replay import Replay, frames_by_log
 from streamhouse_ingest.log.wal_index import WalIndex
 from streamhouse_ingest.log.wal_tail import Tail, judge_tail
 from streamhouse_ingest.ports import WrongIdentity
@@ -267,9 +267,9 @@ class _Files:
                 self._add(buffer, sequence, frames[:middle])
                 self._add(buffer, sequence, frames[middle:])
             return
-        for key, run in runs_of(frames, headers):
-            self.replay.add(key, sequence, run)
-            self.index.note(sequence, key, max(run.ends()))
+        for key, columns in frames_by_log(frames, headers):
+            self.replay.add(key, sequence, columns)
+            self.index.note(sequence, key, max(columns.ends()))
 
     def _add_damaged(self, sequence: int, frame: WalFrame, reason: str) -> None:
         self.replay.damaged(sequence, frame.at, frame.size_bytes, reason)

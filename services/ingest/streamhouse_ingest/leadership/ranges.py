@@ -14,7 +14,7 @@ from shproto.v1 import coordinator_pb2 as pb
 
 from streamhouse_ingest.leadership.transfers import LeadershipTransfers
 from streamhouse_ingest.log.logs import HeldLog, Logs
-from streamhouse_ingest.log.partition_log import PartitionLog, Span
+from streamhouse_ingest.log.partition_log import OffsetSpan, PartitionLog
 from streamhouse_ingest.log.producers import SnapshotError, decode_snapshot
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.produce.writer import Writer
@@ -53,7 +53,7 @@ class Ranges:
         self._transfers = transfers
         self._metrics = metrics
         self._trim = trim
-        self._reported: set[tuple[RangeKey, Span]] = set()
+        self._reported: set[tuple[RangeKey, OffsetSpan]] = set()
         self.closing = False
 
     async def resume(self, grants: Sequence[pb.RangeGrant]) -> GrantResult:
@@ -242,7 +242,7 @@ def grant_key(grant: pb.RangeGrant) -> RangeKey:
     return RangeKey(grant.topic_id, grant.partition, grant.epoch)
 
 
-def _lost_span(key: RangeKey, span: Span, reason: str) -> pb.LostSpan:
+def _lost_span(key: RangeKey, span: OffsetSpan, reason: str) -> pb.LostSpan:
     return pb.LostSpan(
         topic_id=key.topic_id,
         partition=key.partition,

@@ -19,7 +19,7 @@ from streamhouse_ingest.log.buffer import Buffer, WalPosition
 from streamhouse_ingest.log.producers import REPORTED, ProducerTable, after_write
 
 
-class Span(NamedTuple):
+class OffsetSpan(NamedTuple):
     """Offsets [base_offset, end_offset)."""
 
     base_offset: int
@@ -59,7 +59,7 @@ class PartitionLog:
         self.tail: deque[Buffer] = deque()
         self.sealed: deque[Buffer] = deque()
         self.open: Buffer | None = None
-        self._damaged: list[Span] = []
+        self._damaged: list[OffsetSpan] = []
 
     # ---- appending
 
@@ -190,7 +190,7 @@ class PartitionLog:
         for part in reversed(left):
             self.sealed.insert(at, part)
         edges = [buffer.base_offset, *chain(*((part.base_offset, part.end_offset) for part in left)), buffer.end_offset]
-        for gap in map(Span, edges[::2], edges[1::2]):
+        for gap in map(OffsetSpan, edges[::2], edges[1::2]):
             if gap.base_offset < gap.end_offset:
                 self._damaged.append(gap)
                 self._forget_lost(gap)
@@ -205,7 +205,7 @@ class PartitionLog:
         for span in (*self._damaged, *self.lost_spans()):
             self._forget_lost(span)
 
-    def _forget_lost(self, span: Span) -> None:
+    def _forget_lost(self, span: OffsetSpan) -> None:
         """Forgets the batches in `span`, written here or reported: below the end of this range every offset belongs to
         this epoch."""
         self.producers.forget(self.key.epoch, *span)
@@ -215,16 +215,16 @@ class PartitionLog:
         """True if the batch at `offset` was written but damaged before its registration."""
         return any(span.base_offset <= offset < span.end_offset for span in self._damaged)
 
-    def lost_spans(self) -> list[Span]:
+    def lost_spans(self) -> list[OffsetSpan]:
         """Returns the damaged spans at or above the registered end, in ascending order."""
         spans = []
         end = self.registered_end
         for buffer in chain(self.sealed, () if self.open is None else (self.open,)):
             if buffer.base_offset > end:
-                spans.append(Span(end, buffer.base_offset))
+                spans.append(OffsetSpan(end, buffer.base_offset))
             end = buffer.end_offset
         if self._expected_end() > end:
-            spans.append(Span(end, self._expected_end()))
+            spans.append(OffsetSpan(end, self._expected_end()))
         return spans
 
     def _expected_end(self) -> int:
@@ -283,7 +283,7 @@ class PartitionLog:
                 count, offset = count - there, buffer.end_offset
         raise ValueError(f"{self.describe()}: fewer batches than asked for are held")
 
-    def gap_at(self, offset: int) -> Span | None:
+    def gap_at(self, offset: int) -> OffsetSpan | None:
         """Returns the damaged span that holds `offset`, None if no span does."""
         return next((span for span in self.lost_spans() if span.base_offset <= offset < span.end_offset), None)
 

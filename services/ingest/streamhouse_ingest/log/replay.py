@@ -68,7 +68,7 @@ class ReplayedLog:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class FrameColumns:
     """Frames of a log in a single file, as columns, in the order in which they were written. `ats`, `sizes_bytes`: byte
     positions and sizes of the batches. `producer_ids`: 0 for a batch without a producer."""
 
@@ -94,7 +94,7 @@ class Run:
         yield start, len(self.base_offsets)
 
 
-def runs_of(frames: Sequence[WalFrame], headers: HeaderColumns) -> Iterator[tuple[RangeKey, Run]]:
+def frames_by_log(frames: Sequence[WalFrame], headers: HeaderColumns) -> Iterator[tuple[RangeKey, FrameColumns]]:
     """Yields the frames as runs of each log; `headers` are the headers of their batches.
 
     Runs of a partition keep the order in which the frames were written, across its epochs. A log of small batches has
@@ -106,7 +106,7 @@ def runs_of(frames: Sequence[WalFrame], headers: HeaderColumns) -> Iterator[tupl
     for key, places in _places_of(frames):
         yield (
             key,
-            Run(
+            FrameColumns(
                 base_offsets=_at(places, base_offsets),
                 record_counts=_at(places, headers.record_counts),
                 ats=_at(places, ats),
@@ -171,32 +171,36 @@ class Replay:
             if written
         }
 
-    def add(self, key: RangeKey, file: int, run: Run) -> None:
+    def add(self, key: RangeKey, file: int, frames: FrameColumns) -> None:
         """Adds valid frames. A frame that overlaps earlier offsets is damage: the record at an offset never changes."""
-        log = self.logs.get(key) or self._begin(key, run.base_offsets[0])
-        for start, stop in run.pieces():
-            kept = bisect_left(run.base_offsets, log.end_offset, start, stop)
+        log = self.logs.get(key) or self._begin(key, frames.base_offsets[0])
+        for start, stop in frames.pieces():
+            kept = bisect_left(frames.base_offsets, log.end_offset, start, stop)
             for i in range(start, kept):
                 overlap = (
-                    f"frame at offset {run.base_offsets[i]}, but offsets up to {log.end_offset} were written before"
+                    f"frame at offset {frames.base_offsets[i]}, but offsets up to {log.end_offset} were written before"
                 )
-                self.damaged(file, run.ats[i], run.sizes_bytes[i], overlap)
+                self.damaged(file, frames.ats[i], frames.sizes_bytes[i], overlap)
             if kept < stop:
                 log.hidings_before = self._hidings
-                self._append(log, file, run, kept, stop)
-                _note_written(log.written, key.epoch, run, kept, stop)
+                self._append(log, file, frames, kept, stop)
+                _note_written(log.written, key.epoch, frames, kept, stop)
 
-    def _append(self, log: ReplayedLog, file: int, run: Run, start: int, stop: int) -> None:
-        """Appends frames `start` to `stop` of the run, which have no gap, to the last buffer; begins a buffer after a
-        gap and after a full buffer."""
+    def _append(self, log: ReplayedLog, file: int, frames: FrameColumns, start: int, stop: int) -> None:
+        """Appends frames `start` to `stop`, which have no gap, to the last buffer; begins a buffer after a gap and
+        after a full buffer."""
         while start < stop:
             last = log.buffers[-1] if log.buffers else None
-            if last is None or run.base_offsets[start] > last.end_offset or last.size_bytes >= self._buffer_bytes_max:
-                last = Buffer(run.base_offsets[start], 0)
+            if (
+                last is None
+                or frames.base_offsets[start] > last.end_offset
+                or last.size_bytes >= self._buffer_bytes_max
+            ):
+                last = Buffer(frames.base_offsets[start], 0)
                 log.buffers.append(last)
-            sizes_before = list(accumulate(run.sizes_bytes[start:stop], initial=last.size_bytes))
+            sizes_before = list(accumulate(frames.sizes_bytes[start:stop], initial=last.size_bytes))
             taken = slice(start, start + bisect_left(sizes_before, self._buffer_bytes_max, 0, stop - start))
-            last.extend(run.record_counts[taken], file, run.ats[taken], run.sizes_bytes[taken])
+            last.extend(frames.record_counts[taken], file, frames.ats[taken], frames.sizes_bytes[taken])
             log.end_offset, start = last.end_offset, taken.stop
 
     def damaged(self, file: int, at: int, size_bytes: int, reason: str, *, hides: bool = False) -> None:
@@ -226,18 +230,20 @@ class Replay:
         return log
 
 
-def _note_written(producers: dict[int, list[_Written]], epoch: int, run: Run, start: int, stop: int) -> None:
+def _note_written(
+    producers: dict[int, list[_Written]], epoch: int, frames: FrameColumns, start: int, stop: int
+) -> None:
     """Adds frames `start` to `stop` to the batches of their producers; skips frames without a producer."""
-    if run.producer_ids[start:stop].count(run.producer_ids[start]) == stop - start:
+    if frames.producer_ids[start:stop].count(frames.producer_ids[start]) == stop - start:
         start = max(start, stop - BATCHES_REMEMBERED)  # earlier batches of the same producer would be forgotten anyway
     for i in range(start, stop):
-        producer_id = run.producer_ids[i]
+        producer_id = frames.producer_ids[i]
         if producer_id:
             written = producers.setdefault(producer_id, [])
             if len(written) >= _WRITTEN_MAX:
                 del written[:-BATCHES_REMEMBERED]
-            stamp = ProducerStamp(producer_id, run.producer_epochs[i], run.base_sequences[i])
-            written.append((stamp, run.record_counts[i], run.base_offsets[i], epoch))
+            stamp = ProducerStamp(producer_id, frames.producer_epochs[i], frames.base_sequences[i])
+            written.append((stamp, frames.record_counts[i], frames.base_offsets[i], epoch))
 
 
 def _state_after(written: Sequence[_Written]) -> ProducerState:

@@ -1,6 +1,6 @@
 """Produce: checks a request, passes its batch to the writer, waits for the requested ack level.
 
-Owns: accepted requests until they are answered, with their deadlines and spans. Does not own: the queue and the order
+Owns: pending requests until they are answered, with their deadlines and spans. Does not own: the queue and the order
 of appends (writer.py), the rules for requests (request_rules.py), the registration of logs.
 Invariants: batches accepted one after another are queued in that order. A durable acknowledgement is given only after
 the batch, or the original that it repeats, is registered. A timeout never reports that a batch was not written.
@@ -43,7 +43,7 @@ _ASK_AGAIN_MS = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Accepted:
+class PendingProduce:
     """A request whose batch is queued; `answer_by_ms` is on the monotonic clock. The request itself is not held: its
     copy of the batch would stay in memory until the answer, for seconds with `durable` acks."""
 
@@ -82,7 +82,7 @@ class ProduceService:
         """Returns the response at the requested ack level. Raises the StreamHouseErrors of docs/errors.md."""
         return await self.answer(await self.accept(request))
 
-    async def accept(self, request: pb.ProduceRequest) -> Accepted:
+    async def accept(self, request: pb.ProduceRequest) -> PendingProduce:
         """Checks the request, queues its batch and returns it for answer(). Batches accepted one after another are
         written in that order. Raises the error that refuses the request."""
         with self._counting_refusals():
@@ -96,7 +96,7 @@ class ProduceService:
             self._metrics.rejected.add(1, {"reason": error.reason})
             raise
 
-    async def _accept(self, request: pb.ProduceRequest) -> Accepted:
+    async def _accept(self, request: pb.ProduceRequest) -> PendingProduce:
         held = await self._leading(request)
         acks = self._rules.acks(request, held)
         connection = caller_connection()
@@ -115,7 +115,7 @@ class ProduceService:
             span.end()
             raise
         answer_by_ms = self._clock.monotonic_ms() + timeout_ms
-        return Accepted(
+        return PendingProduce(
             topic=request.topic,
             partition=request.partition,
             held=held,
@@ -142,44 +142,46 @@ class ProduceService:
             raise not_leader(request.topic, request.partition, why)
         return held
 
-    async def answer(self, accepted: Accepted) -> pb.ProduceResponse:
+    async def answer(self, pending: PendingProduce) -> pb.ProduceResponse:
         """Returns the response once the ack level is reached.
 
         Raises the error that refused the batch, DurableTimeout, Unavailable, and DataLoss if the batch repeats a batch
         that was given up, or was damaged before its registration.
         """
-        with self._counting_refusals(), trace.use_span(accepted.span, end_on_exit=True):
-            return await self._answer(accepted)
+        with self._counting_refusals(), trace.use_span(pending.span, end_on_exit=True):
+            return await self._answer(pending)
 
-    async def _answer(self, accepted: Accepted) -> pb.ProduceResponse:
-        log = accepted.held.log
+    async def _answer(self, pending: PendingProduce) -> pb.ProduceResponse:
+        log = pending.held.log
         response = pb.ProduceResponse(
             topic=log.topic,
             partition=log.key.partition,
             epoch=log.key.epoch,
             base_offset=-1,
-            record_count=accepted.header.record_count,
+            record_count=pending.header.record_count,
         )
-        if accepted.written is None:
+        if pending.written is None:
             return response
-        written = await self._wait_written(accepted, accepted.written)
-        if accepted.acks == types_pb2.ACKS_DURABLE:
-            await self._wait_durable(accepted, written)
+        written = await self._wait_written(pending, pending.written)
+        if pending.acks == types_pb2.ACKS_DURABLE:
+            await self._wait_durable(pending, written)
         response.base_offset = written.base_offset
         response.duplicate = written.duplicate
         return response
 
-    async def _wait_written(self, accepted: Accepted, written: asyncio.Future[Written | StreamHouseError]) -> Written:
-        if not await self._done_in_time(accepted, written):
+    async def _wait_written(
+        self, pending: PendingProduce, written: asyncio.Future[Written | StreamHouseError]
+    ) -> Written:
+        if not await self._done_in_time(pending, written):
             raise Unavailable(
-                f"not written within {accepted.timeout_ms} ms; the outcome is unknown", timeout_ms=accepted.timeout_ms
+                f"not written within {pending.timeout_ms} ms; the outcome is unknown", timeout_ms=pending.timeout_ms
             )
         outcome = written.result()
         if isinstance(outcome, StreamHouseError):
             raise outcome
         return outcome
 
-    async def _wait_durable(self, accepted: Accepted, written: Written) -> None:
+    async def _wait_durable(self, pending: PendingProduce, written: Written) -> None:
         held, log = self._holder(written), written.held.log
         if held is None:
             if log.start_offset <= written.base_offset and written.end_offset <= log.registered_end:
@@ -188,19 +190,19 @@ class ProduceService:
             if not written.duplicate:
                 why = "its range is over; whether the batch is kept is unknown"
                 raise not_leader(log.topic, log.key.partition, why, outcome=UNKNOWN)
-            await self._wait_registered_elsewhere(accepted, written)
+            await self._wait_registered_elsewhere(pending, written)
             return
         registered = held.wait_registered(written.end_offset)
         try:
-            if not await self._done_in_time(accepted, registered):
-                raise _durable_timeout(accepted, held.log, written)
+            if not await self._done_in_time(pending, registered):
+                raise _durable_timeout(pending, held.log, written)
         finally:
             registered.cancel()  # after a timeout the log can drop the wait; no effect on a future that is done
         if (error := registered.result()) is not None:
             raise error
         _check_kept(held.log, written)
 
-    async def _wait_registered_elsewhere(self, accepted: Accepted, written: Written) -> None:
+    async def _wait_registered_elsewhere(self, pending: PendingProduce, written: Written) -> None:
         """Waits until the original, which lies in an older range, is registered. Raises DurableTimeout, DataLoss,
         NotLeader.
 
@@ -209,9 +211,9 @@ class ProduceService:
         """
         log = written.held.log
         while not await self._topics.is_registered(log, written.base_offset):
-            left_ms = accepted.answer_by_ms - self._clock.monotonic_ms()
+            left_ms = pending.answer_by_ms - self._clock.monotonic_ms()
             if left_ms <= 0:
-                raise _durable_timeout(accepted, log, written)
+                raise _durable_timeout(pending, log, written)
             await self._clock.sleep_ms(min(left_ms, _ASK_AGAIN_MS))
 
     def _holder(self, written: Written) -> HeldLog | None:
@@ -223,8 +225,8 @@ class ProduceService:
                 return held
         return None
 
-    async def _done_in_time(self, accepted: Accepted, future: asyncio.Future[Any]) -> bool:
-        return await done_within(self._clock, future, accepted.answer_by_ms - self._clock.monotonic_ms())
+    async def _done_in_time(self, pending: PendingProduce, future: asyncio.Future[Any]) -> bool:
+        return await done_within(self._clock, future, pending.answer_by_ms - self._clock.monotonic_ms())
 
 
 def _check_kept(log: PartitionLog, written: Written) -> None:
@@ -241,12 +243,12 @@ def _check_kept(log: PartitionLog, written: Written) -> None:
         )
 
 
-def _durable_timeout(accepted: Accepted, log: PartitionLog, written: Written) -> DurableTimeout:
+def _durable_timeout(pending: PendingProduce, log: PartitionLog, written: Written) -> DurableTimeout:
     return DurableTimeout(
         f"{log.describe()}: offset {written.base_offset} is in a write-ahead log, but was not registered within "
-        f"{accepted.timeout_ms} ms",
+        f"{pending.timeout_ms} ms",
         base_offset=written.base_offset,
-        timeout_ms=accepted.timeout_ms,
+        timeout_ms=pending.timeout_ms,
     )
 
 

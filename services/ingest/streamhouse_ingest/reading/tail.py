@@ -1,7 +1,7 @@
 """Serves reads of held logs: the acknowledged tail for query services, slices of sealed buffers for segmenters.
 
 Owns: the limits of an answer in bytes and time. Does not own: the logs and their memory (log/logs.py), the files, the
-removal of damaged batches (damage.py).
+removal of damaged batches (corrupt_batches.py).
 Invariants: an answer has whole, consecutive batches. Damaged offsets are never skipped in silence: a read that begins
 in them, or a slice that contains them, ends with an error. The log is looked up again after each wait, because its
 batches may be registered and dropped meanwhile.
@@ -19,7 +19,7 @@ from shruntime.tasks import done_within
 from streamhouse_ingest.log.logs import HeldLog, Logs
 from streamhouse_ingest.log.partition_log import PartitionLog
 from streamhouse_ingest.ports import SCARCE, BatchReader, WalDamaged, WalFileGone
-from streamhouse_ingest.reading.damage import Damage
+from streamhouse_ingest.reading.corrupt_batches import CorruptBatches
 
 # gRPC moves messages of 1 MiB at 1-2 GB/s, smaller messages slower; larger messages only cost memory.
 SLICE_MESSAGE_BYTES = 1024 * 1024
@@ -30,11 +30,18 @@ class TailReader:
     """Reads batches from memory, and from the files of the log if memory does not have them any more."""
 
     def __init__(
-        self, logs: Logs, reader: BatchReader, damage: Damage, clock: Clock, *, bytes_max: int, wait_ms_max: int
+        self,
+        logs: Logs,
+        reader: BatchReader,
+        corrupt_batches: CorruptBatches,
+        clock: Clock,
+        *,
+        bytes_max: int,
+        wait_ms_max: int,
     ) -> None:
         self._logs = logs
         self._reader = reader
-        self._damage = damage
+        self._corrupt_batches = corrupt_batches
         self._clock = clock
         self._bytes_max = bytes_max
         self._wait_ms_max = wait_ms_max
@@ -140,7 +147,7 @@ class TailReader:
         try:
             return await self._try_to_read(held.log, offset, end_offset, bytes_max)
         except WalDamaged as error:
-            await self._damage.report_corruption(held, error.position)
+            await self._corrupt_batches.report_corruption(held, error.position)
         try:
             return await self._try_to_read(held.log, offset, end_offset, bytes_max)  # up to the new gap
         except WalDamaged as error:

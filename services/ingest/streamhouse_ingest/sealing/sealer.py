@@ -28,7 +28,7 @@ from streamhouse_ingest.log.buffer import Buffer
 from streamhouse_ingest.log.logs import LINKS_MAX, HeldLog, Logs
 from streamhouse_ingest.log.session_id import CurrentSession
 from streamhouse_ingest.metrics import IngestMetrics
-from streamhouse_ingest.sealing.sealing import Candidate, SealLimits, limits_behind, plan_seals
+from streamhouse_ingest.sealing.sealing import SealCandidate, SealLimits, limits_behind, plan_seals
 
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer("streamhouse.ingest")
@@ -228,10 +228,10 @@ class Sealer:
         return sum(buffer.size_bytes for held in self._logs for buffer in held.log.sealed)
 
 
-def _candidate(held: HeldLog) -> Candidate:
+def _candidate(held: HeldLog) -> SealCandidate:
     buffer = held.log.open
     assert buffer is not None, "dirty means that there is an open buffer"
-    return Candidate(
+    return SealCandidate(
         key=held.log.key,
         size_bytes=buffer.size_bytes,
         first_append_ms=buffer.first_append_ms,

@@ -26,7 +26,7 @@ class SealLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class SealCandidate:
     """A buffer that is not empty. durable_since_ms: start of the oldest wait of a durable ack for this buffer."""
 
     key: RangeKey
@@ -59,7 +59,7 @@ def limits_behind(limits: SealLimits, backlog: int) -> SealLimits:
     return replace(limits, seal_age_ms=age_ms, durable_linger_ms=limits.durable_linger_ms << doublings)
 
 
-def plan_seals(candidates: Sequence[Candidate], now_ms: int, limits: SealLimits) -> SealPlan:
+def plan_seals(candidates: Sequence[SealCandidate], now_ms: int, limits: SealLimits) -> SealPlan:
     """Returns the plan for the open buffers. If a buffer is due by age, buffers with at least half that age are sealed
     with it, so that they share an object."""
     due = [candidate for candidate in candidates if _deadline(candidate, limits) <= now_ms]
@@ -73,7 +73,7 @@ def plan_seals(candidates: Sequence[Candidate], now_ms: int, limits: SealLimits)
     return SealPlan(_objects(due, limits.object_bytes_max), min(waiting, default=None))
 
 
-def _deadline(candidate: Candidate, limits: SealLimits) -> int:
+def _deadline(candidate: SealCandidate, limits: SealLimits) -> int:
     if candidate.must or candidate.size_bytes >= limits.seal_bytes:
         return 0
     by_age = candidate.first_append_ms + limits.seal_age_ms
@@ -82,11 +82,13 @@ def _deadline(candidate: Candidate, limits: SealLimits) -> int:
     return min(by_age, candidate.durable_since_ms + limits.durable_linger_ms)
 
 
-def _aged(candidate: Candidate, now_ms: int, age_ms: int) -> bool:
+def _aged(candidate: SealCandidate, now_ms: int, age_ms: int) -> bool:
     return now_ms - candidate.first_append_ms >= age_ms
 
 
-def _over_total(candidates: Sequence[Candidate], due: Sequence[Candidate], open_bytes_max: int) -> list[Candidate]:
+def _over_total(
+    candidates: Sequence[SealCandidate], due: Sequence[SealCandidate], open_bytes_max: int
+) -> list[SealCandidate]:
     """Returns the largest buffers that are not due, as many as needed for the rest to fit into `open_bytes_max`."""
     chosen = {candidate.key for candidate in due}
     rest = sorted((c for c in candidates if c.key not in chosen), key=lambda c: c.size_bytes, reverse=True)
@@ -100,7 +102,7 @@ def _over_total(candidates: Sequence[Candidate], due: Sequence[Candidate], open_
     return more
 
 
-def _objects(due: Sequence[Candidate], object_bytes_max: int) -> tuple[tuple[RangeKey, ...], ...]:
+def _objects(due: Sequence[SealCandidate], object_bytes_max: int) -> tuple[tuple[RangeKey, ...], ...]:
     objects: list[list[RangeKey]] = []
     room = 0
     for candidate in due:

@@ -20,7 +20,7 @@ from streamhouse_ingest.sealing.sealer import Sealer
 log = logging.getLogger(__name__)
 
 
-class Damage:
+class CorruptBatches:
     """Removes damaged batches. `report`: requests that the coordinator is told of new gaps soon."""
 
     def __init__(
