@@ -1,6 +1,6 @@
 """The RPC methods of the Ingest service: limits requests in flight and passes them to the parts of the agent.
 
-Owns: the unanswered requests of each produce stream (`_Window`). Does not own: the byte limit of connections
+Owns: the unanswered requests of each produce stream. Does not own: the byte limit of connections
 (produce/in_flight.py), the agent and its parts.
 Invariants: responses of a stream leave in the order of its requests. A request of a stream counts from its admission
 until its response was taken; its bytes are given back to the connection exactly once, also if the stream is cut.
@@ -40,35 +40,39 @@ class IngestApi:
         """Yields a response per request, in the order of the requests; the error of a request is in its response."""
         produce = self._agent.running().produce
         connection = caller_connection()
-        window = _Window(self._requests_in_flight_max, self._bytes_in_flight_max)
-        feeder = asyncio.ensure_future(self._feed(produce, requests, window, connection))
+        in_flight = _InFlightRequests(self._requests_in_flight_max, self._bytes_in_flight_max)
+        feeder = asyncio.ensure_future(self._feed(produce, requests, in_flight, connection))
         try:
-            while (item := await window.next()) is not None:
+            while (item := await in_flight.next()) is not None:
                 yield await _answer(produce, item)
-                self._in_flight.give_back(connection, window.release())
+                self._in_flight.give_back(connection, in_flight.release())
             await feeder
         finally:
             # The feeder first: it may be about to take more of the connection's bytes.
             await cancel_and_wait(feeder)
-            for size_bytes in window.unanswered:
+            for size_bytes in in_flight.sizes_bytes:
                 self._in_flight.give_back(connection, size_bytes)
 
     async def _feed(
-        self, produce: ProduceService, requests: AsyncIterator[pb.ProduceRequest], window: "_Window", connection: str
+        self,
+        produce: ProduceService,
+        requests: AsyncIterator[pb.ProduceRequest],
+        in_flight: "_InFlightRequests",
+        connection: str,
     ) -> None:
         try:
             async for request in requests:
-                await window.wait_for_room()
+                await in_flight.wait_for_room()
                 size_bytes = request.ByteSize()
                 await self._in_flight.take(connection, size_bytes)
-                window.admit(size_bytes)
+                in_flight.admit(size_bytes)
                 try:
-                    window.put(await produce.accept(request))
+                    in_flight.put(await produce.accept(request))
                 except StreamHouseError as error:  # answered in its turn, as the other requests of the stream go on
-                    window.put(_refused(request.topic, request.partition, error))
+                    in_flight.put(_refused(request.topic, request.partition, error))
                 del request  # its copy of the batch would stay in memory until the next request arrives
         finally:
-            window.close()
+            in_flight.close()
 
     async def read_tail(self, request: pb.ReadTailRequest) -> pb.ReadTailResponse:
         return await self._agent.running().tail.read_tail(request)
@@ -94,13 +98,13 @@ def _refused(topic: str, partition: int, error: StreamHouseError) -> pb.ProduceR
     return pb.ProduceResponse(topic=topic, partition=partition, base_offset=-1, error=error.to_detail())
 
 
-class _Window:
-    """Unanswered requests of a stream, in order, limited in number and bytes. `unanswered`: sizes of the requests."""
+class _InFlightRequests:
+    """Unanswered requests of a stream, in order, limited in number and bytes. `sizes_bytes`: size of each."""
 
     def __init__(self, requests_max: int, bytes_max: int) -> None:
         self._requests_max = requests_max
         self._bytes_max = bytes_max
-        self.unanswered: deque[int] = deque()
+        self.sizes_bytes: deque[int] = deque()
         self._bytes = 0
         self._items: deque[PendingProduce | pb.ProduceResponse] = deque()
         self._closed = False
@@ -108,12 +112,12 @@ class _Window:
 
     async def wait_for_room(self) -> None:
         """Waits until another request may be admitted; that request may exceed the limit of bytes once."""
-        while len(self.unanswered) >= self._requests_max or self._bytes >= self._bytes_max:
+        while len(self.sizes_bytes) >= self._requests_max or self._bytes >= self._bytes_max:
             await self._wait()
 
     def admit(self, size_bytes: int) -> None:
         """Counts a request; the caller calls `put` with its outcome afterwards."""
-        self.unanswered.append(size_bytes)
+        self.sizes_bytes.append(size_bytes)
         self._bytes += size_bytes
 
     def put(self, item: PendingProduce | pb.ProduceResponse) -> None:
@@ -123,7 +127,7 @@ class _Window:
 
     def release(self) -> int:
         """Releases the oldest request, which is answered; returns its size in bytes."""
-        size_bytes = self.unanswered.popleft()
+        size_bytes = self.sizes_bytes.popleft()
         self._bytes -= size_bytes
         self._moved.set()
         return size_bytes

@@ -90,14 +90,14 @@ def assemble(around: AgentContext, opened: OpenedLog, logs: Logs, address: str) 
     writer = Writer(logs, files, context.lease, around.clock, _writer_limits(settings), around.metrics, space)
     trimmer = Trimmer(logs, files, context.history)
     transfers = LeadershipTransfers(context, logs, writer, sealer, around.tasks, timeout_ms=settings.move_timeout_ms)
-    ranges = Ranges(logs, writer, transfers, around.metrics, trimmer.want)
+    ranges = Ranges(logs, writer, transfers, around.metrics, trimmer.request)
     session = Session(context, logs, writer, sealer, ranges, transfers, space)
     logs.subscribe(sealer.appended)
     logs.subscribe(session.heartbeats.appended)
     grants = session.grants
     topics = TopicLookup(logs, around.coordinator, around.clock, settings.agent_id, grants.refresh)
     produce = ProduceService(logs, writer, topics, around.clock, settings, around.metrics)
-    corrupt_batches = CorruptBatches(logs, opened.reader, sealer, around.metrics, grants.want_all)
+    corrupt_batches = CorruptBatches(logs, opened.reader, sealer, around.metrics, grants.request_all)
     tail = _tail(around, opened, logs, corrupt_batches)
     return AgentParts(
         opened=opened,

@@ -31,7 +31,7 @@ def test_a_lease_runs_from_before_its_renewal_was_sent_minus_the_margin():
 
 def test_nothing_is_due_before_its_time():
     plan = plan_seals([SealCandidate(key=key(0), size_bytes=99, first_append_ms=0)], 999, LIMITS)
-    assert (plan.objects, plan.look_again_ms) == ((), 1000)
+    assert (plan.objects, plan.next_plan_ms) == ((), 1000)
 
 
 def test_due_by_size_age_durable_waiter_and_order():
@@ -44,7 +44,7 @@ def test_due_by_size_age_durable_waiter_and_order():
     ]
     plan = plan_seals(candidates, 1000, LIMITS)
     assert plan.objects == ((key(0), key(1), key(2), key(3)),)
-    assert plan.look_again_ms == 1015
+    assert plan.next_plan_ms == 1015
 
 
 def test_those_soon_due_by_age_share_the_object():
@@ -58,7 +58,7 @@ def test_those_soon_due_by_age_share_the_object():
         LIMITS,
     )
     assert plan.objects == ((key(0), key(1)),)
-    assert plan.look_again_ms == 1501
+    assert plan.next_plan_ms == 1501
 
 
 def test_beyond_the_total_the_largest_go_first():

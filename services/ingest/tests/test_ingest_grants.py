@@ -83,7 +83,7 @@ def test_a_new_session_knows_nothing_of_the_last_one() -> None:
 )
 def test_a_heartbeat_asks_for_what_the_events_have_not_brought(version: int, seen_position: int, asks: bool) -> None:
     wanted = known_as_of(7)
-    wanted.heard_of(version, seen_position)
+    wanted.check_version(version, seen_position)
     assert wanted.take() == (ALL if asks else None)
 
 
@@ -102,7 +102,7 @@ def test_a_question_without_an_answer_is_asked_again() -> None:
 def test_more_than_a_question_may_name_is_asking_for_all() -> None:
     wanted = known_as_of(7)
     wanted.changed(map(key, range(RANGES_ASKED_MAX)), 8)
-    wanted.want([key(RANGES_ASKED_MAX)])
+    wanted.request([key(RANGES_ASKED_MAX)])
     assert wanted.take() == ALL
 
 
@@ -127,7 +127,7 @@ def test_what_did_not_fit_into_an_answer_is_asked_for_again_whatever_the_events_
 def test_asking_for_all_begins_the_rest_anew() -> None:
     wanted = known_as_of(7)
     wanted.answered({key(0): 8}, 8, [key(0)])
-    wanted.want_all()
+    wanted.request_all()
     assert wanted.take() == ALL
     wanted.answered(ALL, 9, [key(1)])
     assert set(wanted.take() or ()) == {key(1)}
@@ -302,7 +302,7 @@ async def test_a_range_that_is_finished_while_a_question_is_under_way_does_not_c
     running = service.agent.running()
     asked = len(coordinator.asked)
     answers = world.coordinator.hold_answers("get_grants")
-    running.grants.want_all()
+    running.grants.request_all()
     await eventually(lambda: len(coordinator.asked) > asked)
     assert await world.register(older, 0, 10)
     await eventually(lambda: running.current_session.position == world.position)

@@ -821,7 +821,7 @@ async def test_a_log_that_is_full_for_less_than_the_grace_period_keeps_its_leade
         room = WalSpace(files, clock, tasks, grace_ms=10_000)
 
         async def is_full() -> bool:
-            room.look()
+            room.check()
             await asyncio.gather(*tasks._tasks)
             return room.is_full
 

@@ -60,7 +60,7 @@ async def _lose_session(tmp_path: Path, world: World, loss: str) -> None:
     coordinator.feed_paused = loss != "closed"  # only then do its events say so
     await world.expire_all()
     if loss == "grants":
-        running.grants.want_all()
+        running.grants.request_all()
     if loss == "feed":
         coordinator.cut(SessionExpired("gone"))
     await eventually(lambda: running.current_session.session_id not in ("", first))

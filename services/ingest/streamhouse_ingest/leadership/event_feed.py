@@ -97,7 +97,7 @@ class EventFeed:
             async for row in rows:
                 backoff.reset()
                 self._session.position = row.position
-                self._context.history.heard_of(row.position)
+                self._context.history.advance(row.position)
                 event = event_from_json(row.type, row.payload_json)
                 if event is not None and self._closes_us(event):
                     raise SessionExpired("the session was closed")
@@ -122,7 +122,7 @@ class EventFeed:
                 self._ranges.extend(_key(event), event.limit_offset)
             case AgentCutOff():
                 if event.agent_id == self._context.identity.agent_id:
-                    self._grants.want_all()  # transfers under way must not wait for their upload any more
+                    self._grants.request_all()  # transfers under way must not wait for their upload any more
             case EpochGranted() | MoveRequested():
                 # The event has neither the producers' state nor min_acks: docs/decisions/0019.
                 if event.agent_id == self._context.identity.agent_id:

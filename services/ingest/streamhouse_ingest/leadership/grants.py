@@ -39,9 +39,9 @@ class Grants:
         self._pending.begin()
         self._awake.set()
 
-    def want_all(self) -> None:
+    def request_all(self) -> None:
         """Requests all grants."""
-        self._pending.want_all()
+        self._pending.request_all()
         self._awake.set()
 
     def changed(self, keys: Iterable[RangeKey], position: int) -> None:
@@ -65,10 +65,10 @@ class Grants:
         else:
             self._ranges.drop_finished(key)
 
-    def heard_of(self, version: int, seen_position: int) -> None:
+    def check_version(self, version: int, seen_position: int) -> None:
         """Compares a heartbeat's grants_version with the feed's position, and requests all grants if the feed has not
         brought that change."""
-        self._pending.heard_of(version, seen_position)
+        self._pending.check_version(version, seen_position)
         self._awake.set()
 
     async def refresh(self, keys: Collection[RangeKey] = ()) -> None:
@@ -77,9 +77,9 @@ class Grants:
         waiting = done, keys
         self._waiting.append(waiting)
         if keys:
-            self._pending.want(keys)
+            self._pending.request(keys)
         else:
-            self._pending.want_all()
+            self._pending.request_all()
         self._awake.set()
         try:
             await done
@@ -120,7 +120,7 @@ class Grants:
             pb.GetGrantsRequest(session_token=context.session.token, only=range_keys(request))
         )
         # Saved before a batch is appended to a new range, so that metadata from before the grant is refused.
-        context.history.heard_of(response.position)
+        context.history.advance(response.position)
         await context.history.save()
         result = await self._ranges.apply_grants(response.grants, request.keys())
         if spans := self._ranges.lost_spans(request.keys()):
@@ -128,7 +128,7 @@ class Grants:
                 pb.ReportLostRequest(session_token=context.session.token, spans=spans)
             )
         self._pending.answered(request, response.grants_version, result.rest)
-        self._pending.want(result.finished)
+        self._pending.request(result.finished)
         if self._pending:
             self._awake.set()
         for done, keys in waiting:

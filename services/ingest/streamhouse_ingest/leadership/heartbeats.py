@@ -84,8 +84,8 @@ class Heartbeats:
         await context.history.save()
         for grant in response.extended:
             self._ranges.extend(RangeKey(grant.topic_id, grant.partition, grant.epoch), grant.limit_offset)
-        self._grants.heard_of(response.grants_version, context.session.position)
-        self._space.look()  # for the next beat
+        self._grants.check_version(response.grants_version, context.session.position)
+        self._space.check()  # for the next beat
 
 
 def _low_ranges(logs: Logs) -> list[pb.RangeUse]:

@@ -32,33 +32,33 @@ class PendingGrants:
         """Makes all grants pending and forgets versions: a session was opened."""
         self._as_of = 0
         self._rest.clear()
-        self.want_all()
+        self.request_all()
 
-    def want_all(self) -> None:
+    def request_all(self) -> None:
         """Makes all grants pending."""
         self._all = True
         self._ranges.clear()
 
-    def want(self, keys: Iterable[RangeKey]) -> None:
+    def request(self, keys: Iterable[RangeKey]) -> None:
         """Makes these grants pending, whatever their age."""
-        self._want(keys, _NO_EVENT)
+        self._request(keys, _NO_EVENT)
 
     def changed(self, keys: Iterable[RangeKey], position: int) -> None:
         """Makes grants pending that an event at `position` changed, unless an answer about all is newer."""
         if position > self._as_of:
-            self._want(keys, position)
+            self._request(keys, position)
 
-    def _want(self, keys: Iterable[RangeKey], position: int) -> None:
+    def _request(self, keys: Iterable[RangeKey], position: int) -> None:
         if not self._all:
             self._ranges |= dict.fromkeys(keys, position)
             if len(self._ranges) > RANGES_ASKED_MAX:
-                self.want_all()
+                self.request_all()
 
-    def heard_of(self, version: int, seen_position: int) -> None:
+    def check_version(self, version: int, seen_position: int) -> None:
         """Makes all grants pending if they changed at the event `version`, and neither an answer nor the events up to
         `seen_position` have brought the change."""
         if version != self._as_of and version > seen_position:
-            self.want_all()
+            self.request_all()
 
     def __bool__(self) -> bool:
         """True while grants are pending."""
@@ -77,12 +77,12 @@ class PendingGrants:
     def put_back(self, request: GrantRequest) -> None:
         """Makes the grants of a request pending again that was not answered."""
         if not request:
-            self.want_all()
+            self.request_all()
         elif not self._all:
             missing = {key: position for key, position in request.items() if key not in self._rest}
             self._ranges = {**missing, **self._ranges}
             if len(self._ranges) > RANGES_ASKED_MAX:
-                self.want_all()
+                self.request_all()
 
     def answered(self, request: GrantRequest, version: int, rest: Collection[RangeKey] = ()) -> None:
         """Notes an answer as of the event `version`. `rest`: the ranges that did not fit into the answer, to be

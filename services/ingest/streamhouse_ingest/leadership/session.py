@@ -108,7 +108,7 @@ class Session:
             while rest:
                 asked = first_of(rest)
                 response = await self._rest_call(opened.session_token, asked)
-                self._history.heard_of(response.position)
+                self._history.advance(response.position)
                 await self._history.save()
                 rest = rest.difference(asked).union((await self._ranges.apply_grants(response.grants, asked)).rest)
         except SessionExpired:

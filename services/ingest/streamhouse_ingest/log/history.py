@@ -24,7 +24,7 @@ class History:
         """Sets the history and the position at which a session was opened."""
         self.seen = Seen(history_id, position)
 
-    def heard_of(self, position: int) -> None:
+    def advance(self, position: int) -> None:
         """Advances the current position to `position`; a lower position changes nothing. `save` makes it durable."""
         self.seen = Seen(self.seen.history_id, max(self.seen.position, position))
 

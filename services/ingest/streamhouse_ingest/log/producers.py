@@ -146,18 +146,20 @@ class ProducerTable:
     def forget(self, epoch: int, base_offset: int, end_offset: int) -> None:
         """Forgets the batches of `epoch` in [base_offset, end_offset), which were given up: a retry of them is no
         duplicate, and a later epoch may use their offsets by now."""
-        self._states = _those(
+        self._states = _restricted(
             self._states, lambda batch: batch.epoch != epoch or not base_offset <= batch.base_offset < end_offset
         )
 
     def snapshot(self, end_offset: int) -> bytes:
         """Returns the encoded states of the batches below `end_offset`."""
-        return encode_snapshot(_those(self._states, lambda batch: batch.base_offset < end_offset))
+        return encode_snapshot(_restricted(self._states, lambda batch: batch.base_offset < end_offset))
 
     def snapshot_of(self, epoch: int, base_offset: int, end_offset: int) -> bytes:
         """Returns the encoded states of the batches of `epoch` in [base_offset, end_offset)."""
         return encode_snapshot(
-            _those(self._states, lambda batch: batch.epoch == epoch and base_offset <= batch.base_offset < end_offset)
+            _restricted(
+                self._states, lambda batch: batch.epoch == epoch and base_offset <= batch.base_offset < end_offset
+            )
         )
 
 
@@ -171,7 +173,9 @@ def _newer(ours: ProducerState | None, theirs: ProducerState) -> ProducerState:
     return ProducerState(ours.producer_epoch, tuple(last))
 
 
-def _those(states: Mapping[int, ProducerState], wanted: Callable[[WrittenBatch], bool]) -> dict[int, ProducerState]:
+def _restricted(
+    states: Mapping[int, ProducerState], wanted: Callable[[WrittenBatch], bool]
+) -> dict[int, ProducerState]:
     """Returns the states restricted to wanted batches, without producers that have none."""
     kept = {}
     for producer_id, state in states.items():

@@ -22,17 +22,17 @@ class Trimmer:
         self._logs = logs
         self._files = files
         self._history = history
-        self._wanted = asyncio.Event()
+        self._requested = asyncio.Event()
 
-    def want(self) -> None:
+    def request(self) -> None:
         """Makes `run` trim soon; requests until then count as one."""
-        self._wanted.set()
+        self._requested.set()
 
     async def run(self) -> None:
-        """Deletes deletable files after each want(), until cancelled. Raises OSError."""
+        """Deletes deletable files after each request(), until cancelled. Raises OSError."""
         while True:
-            await self._wanted.wait()
-            self._wanted.clear()
+            await self._requested.wait()
+            self._requested.clear()
             await self.trim()
 
     async def trim(self) -> None:

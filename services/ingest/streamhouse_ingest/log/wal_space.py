@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 
 class WalSpace:
-    """Fullness of the disk. The writer calls `note_full`; the heartbeats call `look` and report `is_full`. `tasks` owns
-    the task of a check. grace_ms: how long the disk may be full before the log is reported full."""
+    """Fullness of the disk. The writer calls `note_full`; the heartbeats call `check` and report `is_full`. `tasks`
+    owns the task of a check. grace_ms: how long the disk may be full before the log is reported full."""
 
     def __init__(self, files: LogFiles, clock: Clock, tasks: Tasks, *, grace_ms: int) -> None:
         self._files = files
@@ -28,7 +28,7 @@ class WalSpace:
         self._grace_ms = grace_ms
         self._full_since_ms: int | None = None
         self._is_full = False
-        self._looking: asyncio.Task[None] | None = None
+        self._checking: asyncio.Task[None] | None = None
 
     @property
     def is_full(self) -> bool:
@@ -41,12 +41,12 @@ class WalSpace:
             self._full_since_ms = self._clock.monotonic_ms()
             log.warning("the write-ahead log cannot grow; after %d ms others are to lead instead", self._grace_ms)
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Starts a check for room if the log was full, unless a check is still running."""
-        if self._full_since_ms is not None and (self._looking is None or self._looking.done()):
-            self._looking = self._tasks.spawn("look for room in the log", self._look(self._full_since_ms))
+        if self._full_since_ms is not None and (self._checking is None or self._checking.done()):
+            self._checking = self._tasks.spawn("check for room in the log", self._check(self._full_since_ms))
 
-    async def _look(self, since_ms: int) -> None:
+    async def _check(self, since_ms: int) -> None:
         if await self._files.run(self._files.wal.has_space_for_file):
             log.info("the write-ahead log has room again")
             self._full_since_ms, self._is_full = None, False

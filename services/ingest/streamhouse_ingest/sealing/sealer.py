@@ -67,12 +67,12 @@ class Sealer:
         self._backoff = backoff
         self._metrics = metrics
         self._wake = asyncio.Event()
-        self._look_ms: int | None = None
+        self._plan_ms: int | None = None
         self._queue: deque[SealedBuffer] = deque()
         self._queued = asyncio.Event()
         self._announced: dict[str, SealedBuffer] = {}
 
-    # ---- when to look
+    # ---- when to plan
 
     def appended(self, held: HeldLog) -> None:
         """Schedules a plan after batches were applied: now if the buffer is full, otherwise at its deadline."""
@@ -81,26 +81,26 @@ class Sealer:
             return
         limits = self._limits_now()
         if buffer.size_bytes >= limits.seal_bytes or self._logs.open_bytes > limits.open_bytes_max:
-            self._look_at(0)
+            self._plan_at(0)
         elif held.durable_since_ms is not None:
-            self._look_at(held.durable_since_ms + limits.durable_linger_ms)
+            self._plan_at(held.durable_since_ms + limits.durable_linger_ms)
         else:
-            self._look_at(buffer.first_append_ms + limits.seal_age_ms)
+            self._plan_at(buffer.first_append_ms + limits.seal_age_ms)
 
     def seal_now(self, helds: Iterable[HeldLog]) -> None:
         """Schedules the sealing of these logs regardless of size and age (leadership transfer, shutdown)."""
         for held in helds:
             if held.log.open is not None:
                 held.must_seal = True
-                self._look_at(0)
+                self._plan_at(0)
 
     def _limits_now(self) -> SealLimits:
         """Returns the limits for the present backlog: buffers to be announced, and announced buffers not completed."""
         return limits_behind(self._limits, len(self._queue) + len(self._announced))
 
-    def _look_at(self, at_ms: int) -> None:
-        if self._look_ms is None or at_ms < self._look_ms:
-            self._look_ms = at_ms
+    def _plan_at(self, at_ms: int) -> None:
+        if self._plan_ms is None or at_ms < self._plan_ms:
+            self._plan_ms = at_ms
             self._wake.set()
 
     async def run(self) -> None:
@@ -108,12 +108,12 @@ class Sealer:
         while True:
             self._wake.clear()
             now_ms = self._clock.monotonic_ms()
-            if self._look_ms is not None and self._look_ms <= now_ms:
-                self._look_ms = self._seal_due(now_ms)
-            elif self._look_ms is None:
+            if self._plan_ms is not None and self._plan_ms <= now_ms:
+                self._plan_ms = self._seal_due(now_ms)
+            elif self._plan_ms is None:
                 await self._wake.wait()
             else:
-                await ends_within(self._clock, self._wake.wait(), self._look_ms - now_ms)
+                await ends_within(self._clock, self._wake.wait(), self._plan_ms - now_ms)
 
     # ---- sealing
 
@@ -121,7 +121,7 @@ class Sealer:
         plan = plan_seals([_candidate(held) for held in self._logs.dirty.values()], now_ms, self._limits_now())
         for keys in plan.objects:
             self._seal([self._logs.dirty[key] for key in keys])
-        return plan.look_again_ms
+        return plan.next_plan_ms
 
     def seal_alone(self, held: HeldLog) -> None:
         """Seals the open buffer of a log at once, into a separate object."""
@@ -153,7 +153,7 @@ class Sealer:
         """Forgets a buffer that the coordinator has completed; announces slices anew that are not registered."""
         sealed = self._announced.pop(buffer_id, None)
         if sealed is not None:
-            self._look_at(0)  # with a smaller backlog, open buffers are due sooner
+            self._plan_at(0)  # with a smaller backlog, open buffers are due sooner
             again = self._still_sealed(sealed)
             if again:
                 log.info("buffer %s: %d slices are not registered, announcing them anew", buffer_id, len(again))

@@ -42,7 +42,7 @@ class SealPlan:
     buffer waits)."""
 
     objects: tuple[tuple[RangeKey, ...], ...]
-    look_again_ms: int | None
+    next_plan_ms: int | None
 
 
 def limits_behind(limits: SealLimits, backlog: int) -> SealLimits:
