@@ -52,7 +52,7 @@ class Agent:
         self._following: asyncio.Task[None] | None = None
         self._stopping = False
         self.tasks = Tasks()
-        self._around = AgentContext(
+        self._context = AgentContext(
             settings=settings,
             coordinator=coordinator,
             clock=clock,
@@ -82,7 +82,7 @@ class Agent:
         try:
             # A start that is cancelled waits for the thread, which would lock the directory afterwards.
             opened = await until_done(opening)
-            running = assemble(self._around, opened, self._restore(opened.replay), advertised_address)
+            running = assemble(self._context, opened, self._restore(opened.replay), advertised_address)
             self._observe(running)
             self._spawn_parts(running)
             await running.session.open(await self._session_token(opened, advertised_address), opened.replay.gaps)

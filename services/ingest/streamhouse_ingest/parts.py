@@ -68,37 +68,37 @@ class AgentParts:
     tail: TailReader
 
 
-def assemble(around: AgentContext, opened: OpenedLog, logs: Logs, address: str) -> AgentParts:
+def assemble(context: AgentContext, opened: OpenedLog, logs: Logs, address: str) -> AgentParts:
     """Creates and connects the parts and returns them; starts no task."""
-    settings = around.settings
-    files = LogFiles(opened.wal, opened.index, around.thread)
+    settings, tasks = context.settings, context.tasks
+    files = LogFiles(opened.wal, opened.index, context.thread)
     current = CurrentSession()
-    context = LeadershipContext(
+    leadership = LeadershipContext(
         identity=Identity(settings.agent_id, opened.wal_id, address),
-        coordinator=around.coordinator,
-        clock=around.clock,
+        coordinator=context.coordinator,
+        clock=context.clock,
         session=current,
         lease=Lease(settings.lease_margin_ms),
         history=History(opened.seen, files),
-        metrics=around.metrics,
-        backoff=around.backoff,
+        metrics=context.metrics,
+        backoff=context.backoff,
     )
     sealer = Sealer(
-        logs, around.coordinator, current, around.clock, _seal_limits(settings), around.backoff(), around.metrics
+        logs, context.coordinator, current, context.clock, _seal_limits(settings), context.backoff(), context.metrics
     )
-    space = WalSpace(files, around.clock, around.tasks, grace_ms=settings.wal_full_grace_ms)
-    writer = Writer(logs, files, context.lease, around.clock, _writer_limits(settings), around.metrics, space)
-    trimmer = Trimmer(logs, files, context.history)
-    transfers = LeadershipTransfers(context, logs, writer, sealer, around.tasks, timeout_ms=settings.move_timeout_ms)
-    ranges = Ranges(logs, writer, transfers, around.metrics, trimmer.request)
-    session = Session(context, logs, writer, sealer, ranges, transfers, space)
+    space = WalSpace(files, context.clock, tasks, grace_ms=settings.wal_full_grace_ms)
+    writer = Writer(logs, files, leadership.lease, context.clock, _writer_limits(settings), context.metrics, space)
+    trimmer = Trimmer(logs, files, leadership.history)
+    transfers = LeadershipTransfers(leadership, logs, writer, sealer, tasks, timeout_ms=settings.move_timeout_ms)
+    ranges = Ranges(logs, writer, transfers, context.metrics, trimmer.request)
+    session = Session(leadership, logs, writer, sealer, ranges, transfers, space)
     logs.subscribe(sealer.appended)
     logs.subscribe(session.heartbeats.appended)
     grants = session.grants
-    topics = TopicLookup(logs, around.coordinator, around.clock, settings.agent_id, grants.refresh)
-    produce = ProduceService(logs, writer, topics, around.clock, settings, around.metrics)
-    corrupt_batches = CorruptBatches(logs, opened.reader, sealer, around.metrics, grants.request_all)
-    tail = _tail(around, opened, logs, corrupt_batches)
+    topics = TopicLookup(logs, context.coordinator, context.clock, settings.agent_id, grants.refresh)
+    produce = ProduceService(logs, writer, topics, context.clock, settings, context.metrics)
+    corrupt_batches = CorruptBatches(logs, opened.reader, sealer, context.metrics, grants.request_all)
+    tail = _tail(context, opened, logs, corrupt_batches)
     return AgentParts(
         opened=opened,
         logs=logs,
@@ -124,13 +124,13 @@ def _writer_limits(settings: IngestSettings) -> WriterLimits:
     )
 
 
-def _tail(around: AgentContext, opened: OpenedLog, logs: Logs, corrupt_batches: CorruptBatches) -> TailReader:
-    settings = around.settings
+def _tail(context: AgentContext, opened: OpenedLog, logs: Logs, corrupt_batches: CorruptBatches) -> TailReader:
+    settings = context.settings
     return TailReader(
         logs,
         opened.reader,
         corrupt_batches,
-        around.clock,
+        context.clock,
         bytes_max=settings.read_tail_bytes_max,
         wait_ms_max=settings.read_tail_wait_ms_max,
     )

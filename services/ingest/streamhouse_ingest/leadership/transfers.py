@@ -139,7 +139,7 @@ class LeadershipTransfers:
             if key not in self._unsettled:
                 return None  # declared by the call of another transfer
             keys = [key] if alone else list(self._unsettled)
-            ends = [self._unsettled[one] for one in keys]
+            ends = [self._unsettled[pending] for pending in keys]
             try:
                 await self._context.coordinator.settle_ranges(
                     pb.SettleRangesRequest(session_token=self._context.session.token, ends=ends)
@@ -148,6 +148,6 @@ class LeadershipTransfers:
                 pass  # the next session settles them
             except StreamHouseError as error:
                 return error
-            for one in keys:
-                self._unsettled.pop(one, None)
+            for settled in keys:
+                self._unsettled.pop(settled, None)
             return None
