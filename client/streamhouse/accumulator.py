@@ -54,8 +54,8 @@ class RecordAccumulator:
         size_bytes: int,
         deadline_ms: float | None,
     ) -> tuple[ProducerBatch, int, bool]:
-        """Appends a record. Returns its batch, its position there, and True if the batch was opened now: the sender is
-        to be told. deadline_ms: of a batch that is opened; None: delivery_timeout_ms from now."""
+        """Appends a record. Returns its batch, its position there, and True if the batch was opened now, which the
+        caller reports to the sender. deadline_ms: of a batch that is opened; None: delivery_timeout_ms from now."""
         batch = queue.open_batch
         if batch is not None and batch.size_bytes + size_bytes <= self._batch_bytes:
             return batch, batch.append(value, key, headers, timestamp_ms, size_bytes), False

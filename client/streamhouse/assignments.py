@@ -87,7 +87,7 @@ def callbacks_of(callbacks: Callbacks, *, plain: bool = False) -> Callbacks:
 
 
 class Assignments:
-    """Brings partitions to the state that `want` and `lose` ask for; the owner runs `run` as a task.
+    """Brings partitions to the state that `assign` and `lose` ask for; the owner runs `run` as a task.
     `revoked(cursors)`: makes the last commit of partitions before they are given up. `changed()`: called when the owned
     partitions may have changed."""
 
@@ -106,7 +106,7 @@ class Assignments:
         self._changed = changed
         self._hand_over = HandOver()
         self._progress = asyncio.Event()
-        self._news = asyncio.Event()
+        self._step_due = asyncio.Event()
         self._is_beginning = False
         self._calling: asyncio.Task[None] | None = None
         self._is_awaited = False  # a task of the application awaits `_calling`
@@ -145,17 +145,17 @@ class Assignments:
         """True if on_assigned has to be called before partitions are read."""
         return self.callbacks.on_assigned is not None
 
-    def want(self, partitions: Iterable[TopicPartition]) -> None:
+    def assign(self, partitions: Iterable[TopicPartition]) -> None:
         """Reads these partitions from now on, and gives up all others."""
-        self._carry_out(self._hand_over.want(partitions))
+        self._carry_out(self._hand_over.assign(partitions))
 
     def stop_reading(self) -> None:
         """Gives up all partitions."""
-        self.want(())
+        self.assign(())
 
     def keep(self, is_kept: Callable[[TopicPartition], bool]) -> None:
         """Gives up the partitions for which `is_kept` returns False."""
-        self.want(filter(is_kept, self._hand_over.wanted))
+        self.assign(filter(is_kept, self._hand_over.assigned))
 
     def lose(self, partitions: Iterable[TopicPartition] | None = None) -> None:
         """Stops reading these partitions, or all, at once: they do not belong to the consumer any more."""
@@ -193,7 +193,7 @@ class Assignments:
         self._reader.notify()
         self._note_due()
         if self._hand_over.next_step(set(Kind) - self.callbacks.kinds()) is not None:
-            self._news.set()
+            self._step_due.set()
 
     def _note_due(self) -> None:
         """Sets `is_due`: True if a step with a callback is not begun yet, or a callback runs after its caller was
@@ -209,23 +209,23 @@ class Assignments:
         self.callbacks = callbacks
         self._look()
 
-    async def given_up(self) -> bool:
+    async def wait_revoked(self) -> bool:
         """Returns True once no revoked or lost partition is left to give up; False if a callback has to be called
         first."""
-        while self._hand_over.is_giving_up and not self.is_due:
+        while self._hand_over.is_revoking and not self.is_due:
             self._progress.clear()
             await self._progress.wait()
-        return not self._hand_over.is_giving_up
+        return not self._hand_over.is_revoking
 
     # ---- steps
 
     async def run(self) -> None:
         """Does the steps that have no callback, until cancelled."""
         while True:
-            self._news.clear()
+            self._step_due.clear()
             while (step := await self._begin(with_callback=False)) is not None:
                 self.finish(step)
-            await self._news.wait()
+            await self._step_due.wait()
 
     async def begin(self, caller: object) -> Step | None:
         """Returns the next step with a callback, for `caller` to call the callback and then `finish`; the same step

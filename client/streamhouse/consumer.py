@@ -274,7 +274,7 @@ class Consumer(AsyncContext, AsyncIteration):
             await self._start_positions.open(_partitions_of(topics))
             self._assignments.adopt(_partitions_of(topics))
         else:
-            self._assignments.want(_partitions_of(topics))
+            self._assignments.assign(_partitions_of(topics))
 
     def _member(self) -> Membership:
         return Membership(
@@ -338,7 +338,7 @@ class Consumer(AsyncContext, AsyncIteration):
         await self._subscribe(
             self._worker(), subscription_of(topics, pattern), callbacks_of(Callbacks(on_assigned, on_revoked, on_lost))
         )
-        await self._give_up()
+        await self._finish_revocation()
         await self._await_subscription()
         await self._assignments.call_due()
 
@@ -372,9 +372,9 @@ class Consumer(AsyncContext, AsyncIteration):
         if self._assign:
             raise InvalidArgument(f"a consumer of the partitions of assign has nothing to {what}", field="assign")
 
-    async def _give_up(self) -> None:
+    async def _finish_revocation(self) -> None:
         """Returns once all revoked and lost partitions are given up, with the callbacks for them."""
-        while not await self._assignments.given_up():
+        while not await self._assignments.wait_revoked():
             await self._assignments.call_due()
 
     async def _await_subscription(self) -> None:
@@ -405,14 +405,15 @@ class Consumer(AsyncContext, AsyncIteration):
         """
         refusal = await self._unsubscribe(self._worker())
         try:
-            await self._give_up()
+            await self._finish_revocation()
         finally:
             await self._step_out_of_group()
         if refusal is not None:
             raise refusal
 
     async def _unsubscribe(self, worker: Worker) -> StreamHouseError | None:
-        """Stops reading; returns the error of the last commit, or None. `_give_up` and `_step_out_of_group` follow."""
+        """Stops reading; returns the error of the last commit, or None. `_finish_revocation` and `_step_out_of_group`
+        follow."""
         self._refuse_subscribing("unsubscribe")
         async with self._starting:  # a start under way has the earlier topics
             is_started = self._tasks is not None
@@ -1043,7 +1044,7 @@ class Consumer(AsyncContext, AsyncIteration):
         # open them again.
         if not self._closed or not self._assignments.callbacks.kinds():
             subscription = self._subscriptions.current
-            self._assignments.want(where for where in partitions if subscription.includes(where.topic))
+            self._assignments.assign(where for where in partitions if subscription.includes(where.topic))
 
     def _on_topics_found(self, topics: Mapping[str, int]) -> None:
         if self._closed:
@@ -1051,7 +1052,7 @@ class Consumer(AsyncContext, AsyncIteration):
         if self._membership is not None:
             self._membership.read_topics(topics)
         else:
-            self._assignments.want(_partitions_of(topics))
+            self._assignments.assign(_partitions_of(topics))
 
     def _on_owned_changed(self) -> None:
         if self._membership is not None:

@@ -62,7 +62,7 @@ class Membership:
         self._moved = asyncio.Event()
         self._in_group = asyncio.Event()  # or joining
         self._in_group.set()
-        self._news = asyncio.Event()  # something is to be reported to the group
+        self._report_due = asyncio.Event()  # something is to be reported to the group
         self._answered = asyncio.Event()  # or failed
         self._failure: StreamHouseError | None = None
         self._failing_since_s: float | None = None
@@ -104,7 +104,7 @@ class Membership:
     def read_topics(self, topics: Iterable[str]) -> None:
         """Joins with these topics, as soon as the call under way is answered."""
         self._topics = tuple(sorted(topics))
-        self._news.set()
+        self._report_due.set()
 
     async def joined(self) -> None:
         """Returns once the group knows the current topics, or this is no member any more. Raises the error of joining
@@ -150,21 +150,21 @@ class Membership:
 
     async def _beat(self) -> coordinator_pb2.GroupAssignment | None:
         """Sends a heartbeat and returns the answer; None if something is to be reported before the answer comes."""
-        self._news.clear()
+        self._report_due.clear()
         beat = asyncio.ensure_future(self._coordinator.heartbeat_group(self._heartbeat()))
-        news = asyncio.ensure_future(self._news.wait())
+        report_due = asyncio.ensure_future(self._report_due.wait())
         try:
-            await asyncio.wait((beat, news), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((beat, report_due), return_when=asyncio.FIRST_COMPLETED)
             # The group repeats an answer dropped here: its partitions are not reported as owned.
             return beat.result() if beat.done() else None
         finally:
-            await cancel_and_wait(beat, news)
+            await cancel_and_wait(beat, report_due)
 
     async def _pause(self) -> None:
         """Returns when the next heartbeat is due, or earlier if something is to be reported."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._heartbeat_interval_ms / 1000):
-                await self._news.wait()
+                await self._report_due.wait()
 
     def _note_failure(self, error: StreamHouseError) -> None:
         """Logs a warning when an outage begins; the failures that follow are debug lines."""
@@ -208,15 +208,15 @@ class Membership:
         self._answered.set()
 
     def owned_changed(self) -> None:
-        """Notes which partitions are owned now, and reports partitions given up to the group at once: their next owners
+        """Notes which partitions are owned now, and reports released partitions to the group at once: their next owners
         wait for that."""
         owned = self._owned()
-        given_up = self._tenures.keys() - owned
-        for where in given_up:
+        released = self._tenures.keys() - owned
+        for where in released:
             del self._tenures[where]
         self._tenures.update(dict.fromkeys(owned - self._tenures.keys(), self._answers))
-        if given_up:
-            self._news.set()
+        if released:
+            self._report_due.set()
 
     def _renew(self, generation: int) -> None:
         if generation != self.generation:
@@ -259,7 +259,7 @@ class Membership:
         try:
             await self.commit(positions)
         except IllegalGeneration:
-            if self.generation == generation and not await self._hears_of(moved):
+            if self.generation == generation and not await self._has_moved_on(moved):
                 raise
             if self._tenures_of(positions) != tenures:
                 raise
@@ -277,7 +277,7 @@ class Membership:
             )
         return [self._tenures[where] for where in partitions]
 
-    async def _hears_of(self, moved: asyncio.Event) -> bool:
+    async def _has_moved_on(self, moved: asyncio.Event) -> bool:
         """Returns True if a heartbeat brings another generation within request_timeout_ms."""
         try:
             async with asyncio.timeout(self._options.request_timeout_ms / 1000):
@@ -290,7 +290,7 @@ class Membership:
         """Leaves the group for good. Raises Unavailable; the group then notices by the session timeout."""
         self._leaving = True
         self._in_group.set()
-        self._news.set()
+        self._report_due.set()
         self._answered.set()
         async with self._joining:  # a join under way leaves by itself
             member_id, self.member_id = self.member_id, ""
@@ -302,7 +302,7 @@ class Membership:
         `leave` does; the member is out all the same."""
         member_id = self.member_id
         self._in_group.clear()
-        self._news.set()
+        self._report_due.set()
         self._answered.set()
         self._forgotten()
         if member_id:

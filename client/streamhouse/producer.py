@@ -204,7 +204,7 @@ class Producer(AsyncContext):
         assert partitioner is not None, "only called with a partitioner"
         return choose(partitioner, topic, key, len(self._topics[topic].queues))
 
-    async def take(
+    async def append(
         self, topic: str, record: CheckedRecord, partition: int | None, sent_s: float, caller: trace.Span | None
     ) -> tuple[ProducerBatch, int, int]:
         """Appends a record from `check_record`; asks no partitioner. Returns its batch, its position there and its
@@ -272,7 +272,7 @@ class Producer(AsyncContext):
         Nothing is sent if any record is refused; raises the errors of `send`, with the record's position.
         """
         records = self.check_many(topic, values, keys, timestamps_ms, headers)
-        return SendResult(await self.take_many(topic, records, partition), loop=asyncio.get_running_loop())
+        return SendResult(await self.append_many(topic, records, partition), loop=asyncio.get_running_loop())
 
     def check_many(
         self,
@@ -298,7 +298,7 @@ class Producer(AsyncContext):
             return None
         return choose_many(partitioner, topic, records, len(self._topics[topic].queues))
 
-    async def take_many(
+    async def append_many(
         self,
         topic: str,
         records: RecordColumns,

@@ -66,7 +66,7 @@ class _Subscription:
         self._places = {cursor: place for place, cursor in enumerate(cursors)}
         self._consumed = [0] * len(cursors)
         self._due: deque[query_pb2.WindowUpdate] = deque()
-        self._news = asyncio.Event()
+        self._update_due = asyncio.Event()
         self._closed = False
         positions = [
             query_pb2.FetchPosition(
@@ -91,7 +91,7 @@ class _Subscription:
         if self._consumed[place] >= self._update_bytes:
             self._due.append(query_pb2.WindowUpdate(position=place, size_bytes=self._consumed[place]))
             self._consumed[place] = 0
-            self._news.set()
+            self._update_due.set()
 
     async def requests(self) -> AsyncIterator[query_pb2.SubscribeRequest]:
         """Yields the requests of the stream, until `close`."""
@@ -102,13 +102,13 @@ class _Subscription:
                 self._due.clear()
                 yield query_pb2.SubscribeRequest(window_updates=updates)
             else:
-                self._news.clear()
-                await self._news.wait()
+                self._update_due.clear()
+                await self._update_due.wait()
 
     def close(self) -> None:
         """Ends the requests: gRPC waits for further requests even after the call has failed."""
         self._closed = True
-        self._news.set()
+        self._update_due.set()
 
 
 class Reader:
@@ -140,7 +140,7 @@ class Reader:
         self._set_aside: _Queue = RoundRobinQueue()  # portions of paused partitions
         self._received_bytes = 0
         self._has_failure = False
-        self._news = asyncio.Event()
+        self._arrived = asyncio.Event()
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
         self._subscriptions: dict[_Subscription, None] = {}  # in the order of opening
@@ -160,20 +160,20 @@ class Reader:
         self._end(earlier)
         self.cursors[cursor.where] = cursor
         self._changed.set()
-        self._news.set()
+        self._arrived.set()
 
     def release(self, cursor: Cursor) -> None:
         """Begins to fetch for a cursor that was held."""
         cursor.held = False
         self._changed.set()
-        self._news.set()
+        self._arrived.set()
 
     def drop(self, where: TopicPartition) -> None:
         """Stops reading the partition and drops its received records."""
         self._end(self.cursors.pop(where, None))
         self.waiting.pop(where, None)
         self._changed.set()
-        self._news.set()
+        self._arrived.set()
 
     def pause(self, cursor: Cursor) -> None:
         """Stops fetching for the cursor and handing over its records, until `resume`. Received records stay until
@@ -190,7 +190,7 @@ class Reader:
             cursor.set_paused(False)
             self._move(cursor, self._set_aside, self._received)
             self._changed.set()
-            self._news.set()
+            self._arrived.set()
 
     @staticmethod
     def _move(cursor: Cursor, source: _Queue, target: _Queue) -> None:
@@ -236,7 +236,7 @@ class Reader:
         Raises a queued error when its turn comes; after that the partition is fetched again.
         """
         if not self._received:
-            self._news.clear()
+            self._arrived.clear()
             return None
         cursor, item = self._received.take()
         if isinstance(item, Portion):
@@ -253,7 +253,7 @@ class Reader:
         """Queues a portion with records left, to be popped at the next turn of its partition."""
         if portion.cursor.live:
             self._queue_of(portion.cursor).put_back(portion.cursor, portion)
-            self._news.set()
+            self._arrived.set()
             self._room.set()  # all portions of a paused partition may be here now, and can be dropped
         else:
             self.consumed(portion)
@@ -269,7 +269,7 @@ class Reader:
 
     async def wait(self) -> None:
         """Returns once records, an error or a change of cursors has arrived since `pop` returned None."""
-        await self._news.wait()
+        await self._arrived.wait()
 
     @property
     def received_bytes(self) -> int:
@@ -295,11 +295,11 @@ class Reader:
         else:
             self._has_failure = True
         self._queue_of(cursor).put(cursor, error)
-        self._news.set()
+        self._arrived.set()
 
     def notify(self) -> None:
         """Wakes the tasks in `wait`."""
-        self._news.set()
+        self._arrived.set()
 
     # ---- the stream
 
@@ -408,7 +408,7 @@ class Reader:
         if response.next_offset > cursor.fetch_offset:
             self._jump(cursor, response.next_offset, cursor.last_epoch)
         elif not found and cursor.end is not None:
-            self._news.set()  # a bounded read may be over: the log has nothing behind its start
+            self._arrived.set()  # a bounded read may be over: the log has nothing behind its start
         return True
 
     async def _wait_for_room(self, size_bytes: int) -> None:
@@ -439,7 +439,7 @@ class Reader:
         cursor.received_bytes += portion.size_bytes
         self._received_bytes += portion.size_bytes
         self._queue_of(cursor).put(cursor, portion)
-        self._news.set()
+        self._arrived.set()
 
     def _note(self, cursor: Cursor, response: query_pb2.FetchResponse) -> None:
         cursor.high_watermark = response.high_watermark
@@ -493,7 +493,7 @@ class Reader:
             self._queue_of(cursor).put(cursor, Portion(cursor=cursor, batch=None, end_offset=offset))
             cursor.fetch_offset = offset
             cursor.last_epoch = last_epoch
-            self._news.set()
+            self._arrived.set()
 
 
 def _unnamed(cursor: Cursor, text: str) -> str:

@@ -55,7 +55,7 @@ class Retries:
             except TimeoutError as error:
                 if not timeout.expired():
                     raise  # a TimeoutError of the call itself
-                raise self._gave_up(last) from error
+                raise self._exhausted(last) from error
             except StreamHouseError as error:
                 if not _may_repeat(error, repeatable):
                     raise
@@ -66,7 +66,7 @@ class Retries:
             # The sum, not the larger: calls that were refused together must not come back together.
             wait_s = (last.retry_after_ms + backoff.next_ms()) / 1000
             if loop.time() + wait_s >= deadline_s:
-                raise self._gave_up(last) from last
+                raise self._exhausted(last) from last
             self._notice(last, loop.time() - max(begun_s, self._answered_s))
             await asyncio.sleep(wait_s)
 
@@ -85,11 +85,11 @@ class Retries:
             self._is_reported = False
             log.info("%s answers", self._bootstrap)
 
-    def _gave_up(self, last: StreamHouseError | None) -> StreamHouseError:
-        return gave_up(f"no answer from {self._bootstrap}", self._option, self._timeout_ms, last)
+    def _exhausted(self, last: StreamHouseError | None) -> StreamHouseError:
+        return retries_exhausted(f"no answer from {self._bootstrap}", self._option, self._timeout_ms, last)
 
 
-def gave_up(what: str, option: str, timeout_ms: int, last: StreamHouseError | None) -> StreamHouseError:
+def retries_exhausted(what: str, option: str, timeout_ms: int, last: StreamHouseError | None) -> StreamHouseError:
     """Returns the error of a call that was tried for all the time that an option allows: of the kind of its last
     failure and with the same details; Unavailable if nothing had failed. `what`: beginning of the message."""
     waited = f"{what} within {option} = {timeout_ms}"

@@ -46,8 +46,9 @@ ANSWER_GRACE_MS = 5_000
 # Failed batches that the application has not asked about are remembered for the next flush, a few hundred bytes each.
 UNSEEN_FAILURES_MAX = 1_000
 
-# Answers of an agent that does not lead the partition, is going away, or cannot be reached.
-_ASK_WHO_LEADS = (NotLeader, ShuttingDown, Unavailable, UnknownTopic, UnknownPartition)
+# Errors after which the coordinator is asked who leads: the agent does not lead the partition, is going away, or cannot
+# be reached.
+_STALE_METADATA = (NotLeader, ShuttingDown, Unavailable, UnknownTopic, UnknownPartition)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -262,7 +263,7 @@ class Sender:
         is_kept = queue.answered(batch, error, sent)
         if not is_kept and not batch.is_decided:
             self._fail(batch, batch.refusal(error))
-        if isinstance(error, _ASK_WHO_LEADS):
+        if isinstance(error, _STALE_METADATA):
             self._retry_after_refresh(queue)
         elif is_kept and not queue.is_blocked:
             self._retry_later(queue, max(error.retry_after_ms, self._backoff(queue).next_ms()))

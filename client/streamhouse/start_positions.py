@@ -18,7 +18,7 @@ from streamhouse.core.positions import Cursor, Position
 from streamhouse.offsets import Offsets
 from streamhouse.reader import Reader
 from streamhouse.records import TopicPartition
-from streamhouse.retries import gave_up
+from streamhouse.retries import retries_exhausted
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class StartPositions:
         self._opened = opened
         self._topic_unknown = topic_unknown
         self._awaited: dict[TopicPartition, object] = {}  # with a new token for each assignment
-        self._news = asyncio.Event()
+        self._added = asyncio.Event()
         self._progress = asyncio.Event()  # something was opened, taken away, or failed
         self._failure: StreamHouseError | None = None
 
@@ -64,7 +64,7 @@ class StartPositions:
     def add(self, partitions: Iterable[TopicPartition]) -> None:
         """Has `run` open these partitions."""
         self._awaited.update({where: object() for where in partitions})
-        self._news.set()
+        self._added.set()
         self._reader.notify()
 
     def forget(self, partitions: Iterable[TopicPartition]) -> None:
@@ -88,15 +88,15 @@ class StartPositions:
         except TimeoutError:
             what = f"cannot start on {_names(self._awaited)}"
             limit_ms = self._options.retry_timeout_ms
-            raise gave_up(what, "retry_timeout_ms", limit_ms, self._failure) from self._failure
+            raise retries_exhausted(what, "retry_timeout_ms", limit_ms, self._failure) from self._failure
 
     async def run(self) -> None:
         """Opens added partitions, without a limit of time for finding their offsets, until cancelled."""
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         failing = ""
         while True:
-            await self._news.wait()
-            self._news.clear()
+            await self._added.wait()
+            self._added.clear()
             try:
                 await self._open_awaited()
                 backoff.reset()
@@ -112,7 +112,7 @@ class StartPositions:
                 self._failure = error
                 self._progress.set()
                 await asyncio.sleep(backoff.next_ms() / 1000)
-                self._news.set()
+                self._added.set()
 
     async def _open_awaited(self) -> None:
         # A copy with the tokens of now: partitions are revoked, and assigned again, during the requests below.

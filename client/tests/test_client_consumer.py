@@ -1272,7 +1272,7 @@ async def test_the_last_commit_of_what_is_revoked_passes_no_record_that_was_not_
                 go_on.set()
                 while not consumer._iteration._waiting:
                     await asyncio.sleep(0)
-            assert await consumer._assignments.given_up()
+            assert await consumer._assignments.wait_revoked()
         task.cancel()
     assert offsets == [0, 1, 2]
     assert platform.groups["g"].offsets["t", 0] == 3

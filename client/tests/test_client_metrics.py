@@ -67,7 +67,7 @@ def test_a_synchronous_producer_counts_what_is_staged_and_refused(server):
         async def refuse(*_args):
             raise errors.Overloaded("no room")
 
-        producer._inner.take = refuse
+        producer._inner.append = refuse
         futures[-1].add_done_callback(lambda future: seen.append(producer.metrics()))
         free.set()
         assert isinstance(futures[-1].exception(10), errors.Overloaded)

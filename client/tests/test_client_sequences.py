@@ -199,11 +199,11 @@ def test_a_gap_after_an_unknown_outcome_is_not_renumbered():
     assert queue.answered(batch, errors.Unavailable("cut"))
     assert queue.take(0) is batch
     gap = errors.SequenceGap("the new leader never had what came before")
-    assert not Batch("never sent", 1).in_doubt(gap)
+    assert not Batch("never sent", 1).is_outcome_unknown(gap)
     assert not queue.answered(batch, gap)
     assert queue.is_idle
-    assert batch.in_doubt(gap)
-    assert not batch.in_doubt(errors.AcksTooWeak("says itself what is wrong"))
+    assert batch.is_outcome_unknown(gap)
+    assert not batch.is_outcome_unknown(errors.AcksTooWeak("says itself what is wrong"))
 
 
 def test_a_retry_across_a_restore_fails_and_what_follows_gets_a_new_id():

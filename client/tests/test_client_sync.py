@@ -214,16 +214,16 @@ def test_done_callbacks_of_records_that_are_still_staged_or_refused(server):
     taken, refused = producer.send("t", b"v"), producer.send("t", b"v")
     for future in (taken, refused):
         future.add_done_callback(lambda future: seen.append((future, future.exception())))
-    take = producer._inner.take
+    append = producer._inner.append
 
     async def refuse_second(*arguments):
         if refused_next:
             raise errors.Overloaded("no room")
         refused_next.append(True)
-        return await take(*arguments)
+        return await append(*arguments)
 
     refused_next = []
-    producer._inner.take = refuse_second
+    producer._inner.append = refuse_second
     free.set()
     producer.close()
     assert [future for future, _ in seen] == [refused, taken]

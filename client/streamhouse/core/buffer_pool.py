@@ -37,7 +37,7 @@ class BufferPool(Generic[T]):
         return len(self._waiting) < before
 
     def admit(self) -> list[T]:
-        """Takes room for the takers at the head of the queue that fit now. Returns them, to be told."""
+        """Takes room for the takers at the head of the queue that fit now. Returns them, for the caller to wake."""
         admitted = []
         while self._waiting and self._fits(self._waiting[0][1]):
             waiter, size_bytes = self._waiting.popleft()

@@ -57,12 +57,12 @@ class Changes:
 
 
 class HandOver:
-    """State machine of the partitions' stages: `want` and `lose` follow the group or the subscription, `opened` follows
-    the lookup of start positions; then `begin` and `finish` for each `next_step`. The caller carries out the returned
-    changes."""
+    """State machine of the partitions' stages: `assign` and `lose` follow the group or the subscription, `opened`
+    follows the lookup of start positions; then `begin` and `finish` for each `next_step`. The caller carries out the
+    returned changes."""
 
     def __init__(self) -> None:
-        self._wanted: Partitions = NONE
+        self._assigned: Partitions = NONE
         self._stages: dict[TopicPartition, _Stage] = {}
         self._running: Step | None = None
         self._lost_in_step: set[TopicPartition] = set()  # among the partitions that the running step gives up
@@ -72,7 +72,7 @@ class HandOver:
         """Partitions that no other member may begin on."""
         kept = (_Stage.READ, _Stage.REVOKED)
         announcing = self._running.partitions if self._running and self._running.kind is Kind.ASSIGNED else NONE
-        return self._wanted.union(
+        return self._assigned.union(
             where
             for where, stage in self._stages.items()
             if stage in kept or (stage is _Stage.OPENED and where in announcing)
@@ -91,9 +91,9 @@ class HandOver:
         return frozenset(self._lost_in_step).union(lost)
 
     @property
-    def wanted(self) -> Partitions:
+    def assigned(self) -> Partitions:
         """The partitions of the last assignment."""
-        return self._wanted
+        return self._assigned
 
     @property
     def is_settled(self) -> bool:
@@ -101,20 +101,20 @@ class HandOver:
         return self._running is None and set(self._stages.values()) <= {_Stage.OPENING, _Stage.READ}
 
     @property
-    def is_giving_up(self) -> bool:
+    def is_revoking(self) -> bool:
         """True until all revoked and lost partitions are given up."""
         gone = self._running is not None and self._running.kind is not Kind.ASSIGNED
         return gone or not {_Stage.REVOKED, _Stage.LOST}.isdisjoint(self._stages.values())
 
-    def want(self, partitions: Iterable[TopicPartition]) -> Changes:
+    def assign(self, partitions: Iterable[TopicPartition]) -> Changes:
         """Reads these partitions from now on, and no others. Returns the changes that follow."""
-        self._wanted = frozenset(partitions)
+        self._assigned = frozenset(partitions)
         return self._settle()
 
     def adopt(self, partitions: Iterable[TopicPartition], *, announce: bool) -> None:
         """Counts these partitions as wanted and opened; there were none before."""
-        self._wanted = frozenset(partitions)
-        self._stages = dict.fromkeys(self._wanted, _Stage.OPENED if announce else _Stage.READ)
+        self._assigned = frozenset(partitions)
+        self._stages = dict.fromkeys(self._assigned, _Stage.OPENED if announce else _Stage.READ)
 
     def opened(self, partitions: Iterable[TopicPartition], *, announce: bool) -> None:
         """Records that the start positions are known. announce: the application is notified before these partitions are
@@ -142,7 +142,7 @@ class HandOver:
                 self._stages[where] = _Stage.LOST
                 lost.add(where)
         if partitions is None:
-            self._wanted = NONE
+            self._assigned = NONE
         changes = self._settle()
         return Changes(opening=changes.opening, forgotten=frozenset(forgotten), lost=frozenset(lost))
 
@@ -185,12 +185,12 @@ class HandOver:
         )
 
     def _settle(self) -> Changes:
-        """Moves all partitions except those of the running step to the stage that follows from `_wanted`. Returns the
+        """Moves all partitions except those of the running step to the stage that follows from `_assigned`. Returns the
         changes."""
         running = self._running.partitions if self._running else NONE
         forgotten, revoked = set(), set()
         for where, stage in list(self._stages.items()):
-            if where in self._wanted or where in running:
+            if where in self._assigned or where in running:
                 continue
             if stage in (_Stage.OPENING, _Stage.OPENED):
                 del self._stages[where]
@@ -198,6 +198,6 @@ class HandOver:
             elif stage is _Stage.READ:
                 self._stages[where] = _Stage.REVOKED
                 revoked.add(where)
-        opening = self._wanted - self._stages.keys() - running
+        opening = self._assigned - self._stages.keys() - running
         self._stages.update(dict.fromkeys(opening, _Stage.OPENING))
         return Changes(opening=opening, forgotten=frozenset(forgotten), revoked=frozenset(revoked))

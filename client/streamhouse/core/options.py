@@ -115,7 +115,7 @@ class ConsumerOptions:
     stop_at_end: bool = False
     # How long a call to the servers may take before it counts as failed.
     request_timeout_ms: int = 10_000
-    # For how long consecutive failures to reach any server are retried before the application is told.
+    # For how long consecutive failures to reach any server are retried before the application gets the error.
     retry_timeout_ms: int = 120_000
     client_id: str = ""
     # None: keys and values are bytes.

@@ -54,8 +54,8 @@ class PartitionQueue:
         "_in_flight",
         "_in_flight_max",
         "_last_sent_ms",
+        "_linger_expired",
         "_linger_until_ms",
-        "_lingered",
         "_next_sequence",
         "_producer",
         "_queued",
@@ -81,7 +81,7 @@ class PartitionQueue:
         self._small_in_flight_max = small_in_flight_max
         self.open_batch: ProducerBatch | None = None
         self._linger_until_ms = self._close_ms = math.inf  # of the open batch
-        self._lingered = False  # the open batch may go
+        self._linger_expired = False  # the open batch may go
         self._queued: deque[ProducerBatch] = deque()
         self._in_flight: deque[ProducerBatch] = deque()
         self._to_retry: deque[ProducerBatch] = deque()
@@ -107,7 +107,7 @@ class PartitionQueue:
         """Begins a batch; the open batch before is full and moves into the queue."""
         self.close_open()
         self.open_batch = batch
-        self._lingered = False
+        self._linger_expired = False
         self._linger_until_ms = now_ms + linger_ms
         self._close_ms = self._linger_until_ms + GROW_MS_MAX
         self._expiry_ms = min(self._expiry_ms, batch.deadline_ms)
@@ -121,7 +121,7 @@ class PartitionQueue:
 
     def flush(self) -> None:
         """Lets the open batch go as if its linger had expired."""
-        self._lingered = True
+        self._linger_expired = True
 
     # ---- time
 
@@ -143,7 +143,7 @@ class PartitionQueue:
         at_ms = min(self._expiry_ms, self.blocked_until_ms)
         if self.open_batch is None:
             return at_ms
-        return min(at_ms, self._close_ms if self._lingered else self._linger_until_ms)
+        return min(at_ms, self._close_ms if self._linger_expired else self._linger_until_ms)
 
     def wake(self, now_ms: float) -> list[ProducerBatch]:
         """Ends the block and the linger of the open batch if their time has come. Returns the expired batches, to be
@@ -151,7 +151,7 @@ class PartitionQueue:
         if now_ms >= self.blocked_until_ms:
             self.unblock()
         if self.open_batch is not None and now_ms >= self._linger_until_ms:
-            self._lingered = True
+            self._linger_expired = True
             if now_ms >= self._close_ms:
                 self.close_open()
         return self.expire(now_ms) if now_ms >= self._expiry_ms else []
@@ -210,7 +210,9 @@ class PartitionQueue:
         """True if a batch can be sent now: a queued batch, or the open batch if it may go before it is full."""
         if self.is_blocked or not self.may_send:
             return False
-        may_close = self._lingered and self.open_batch is not None and len(self._in_flight) < self._small_in_flight_max
+        may_close = (
+            self._linger_expired and self.open_batch is not None and len(self._in_flight) < self._small_in_flight_max
+        )
         return bool(self._queued) or may_close
 
     @property

@@ -41,7 +41,7 @@ NEXT: dict[BatchState, tuple[BatchState, ...]] = {
 
 
 class Outcome(Enum):
-    """Outcome of a try, as far as its error tells."""
+    """Outcome of a try, as far as its error says."""
 
     NOT_WRITTEN = auto()  # may be sent again as it is
     UNKNOWN = auto()  # may have been written; send again, with the same sequence number
@@ -194,7 +194,7 @@ class ProducerBatch:
             if not self._is_encoded:
                 headers = self._headers
                 if self.trace is not None:
-                    # Contexts only where they fit: a record that the application was told to fit is sent in any case.
+                    # Contexts only where they fit: a record that `send` accepted is sent in any case.
                     headers = self.trace.with_contexts(headers, self.record_count, self.size_bytes, RECORD_BYTES_MAX)
                 self._encoded = encode_lists(
                     self._values, self._keys, self._timestamps_ms, headers, codec=codec, producer=self.stamp
@@ -234,7 +234,7 @@ class ProducerBatch:
         return self.state is BatchState.DONE
 
     def resolve(self, base_offset: int) -> None:
-        """Acknowledges the batch. base_offset: offset of its first record, -1 if the leader told none (acks=none)."""
+        """Acknowledges the batch. base_offset: offset of its first record, -1 without an offset (acks=none)."""
         self.base_offset = base_offset
         self._finish()
 
@@ -262,7 +262,7 @@ class ProducerBatch:
 
     # ---- errors
 
-    def in_doubt(self, error: errors.StreamHouseError) -> bool:
+    def is_outcome_unknown(self, error: errors.StreamHouseError) -> bool:
         """Returns True if the batch may be in the log although `error` refuses it for good: an earlier try got no
         answer, and the leader that refused this one does not know the writes of this producer."""
         return self.maybe_written and outcome_of(error) is Outcome.OUT_OF_SEQUENCE
@@ -270,7 +270,7 @@ class ProducerBatch:
     def refusal(self, error: errors.StreamHouseError) -> errors.StreamHouseError:
         """Returns the error of a batch that is not sent again after `error`: the same, unless an earlier try may have
         been written."""
-        if not self.in_doubt(error):
+        if not self.is_outcome_unknown(error):
             return error
         return errors.OutcomeUnknown(
             f"{self.topic}/{self.partition}: {self.record_count} records may or may not have been written. An "
@@ -286,7 +286,7 @@ class ProducerBatch:
 
 
 def timed_out(delivery_timeout_ms: int, last_error: errors.StreamHouseError | None) -> errors.StreamHouseError:
-    """Returns the error of a batch past its deadline: of the kind of the last error, so that the cause is told."""
+    """Returns the error of a batch past its deadline: of the kind of the last error, which names the cause."""
     waited = f"not acknowledged within delivery_timeout_ms = {delivery_timeout_ms}"
     if last_error is None:
         return errors.Unavailable(f"{waited}; no answer from the leader", limit="delivery_timeout_ms")

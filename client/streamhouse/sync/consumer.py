@@ -141,7 +141,7 @@ class Consumer(PlainContext, PlainIteration):
         callbacks = callbacks_of(Callbacks(on_assigned, on_revoked, on_lost), plain=True)
         self._assignments.refuse_inside("subscribe")
         BACKGROUND.run(self._inner._subscribe(self._worker(), subscription, callbacks))
-        self._give_up()
+        self._finish_revocation()
         BACKGROUND.run(self._inner._await_subscription())
         self._call_due()
 
@@ -154,15 +154,15 @@ class Consumer(PlainContext, PlainIteration):
         self._assignments.refuse_inside("unsubscribe")
         refusal = BACKGROUND.run(self._inner._unsubscribe(self._worker()))
         try:
-            self._give_up()
+            self._finish_revocation()
         finally:
             BACKGROUND.run(self._inner._step_out_of_group())
         if refusal is not None:
             raise refusal
 
-    def _give_up(self) -> None:
+    def _finish_revocation(self) -> None:
         """Returns once all revoked and lost partitions are given up, with the callbacks for them."""
-        while not BACKGROUND.run(self._assignments.given_up()):
+        while not BACKGROUND.run(self._assignments.wait_revoked()):
             self._call_due()
 
     def _call_due(self) -> None:

@@ -62,7 +62,7 @@ TURN_RECORDS = 1_000
 EXIT_TIMEOUT_MS = 5_000
 
 
-class _Outcome(Generic[T]):
+class _DeliveryFuture(Generic[T]):
     """Outcome that threads wait for, or register callbacks at."""
 
     __slots__ = ()
@@ -121,7 +121,7 @@ class _Outcome(Generic[T]):
 
 
 @explains_kafka_methods("SendFuture")
-class SendFuture(_Outcome[RecordMetadata]):
+class SendFuture(_DeliveryFuture[RecordMetadata]):
     """Outcome of a `send`."""
 
     __slots__ = ("_batch", "_callbacks", "_error", "_index", "_producer", "_seen", "_timestamp_ms")
@@ -171,7 +171,7 @@ class SendFuture(_Outcome[RecordMetadata]):
 
 
 @explains_kafka_methods("SendFuture")
-class SendResult(_Outcome[SentRecords]):
+class SendResult(_DeliveryFuture[SentRecords]):
     """Outcome of a `send_many`."""
 
     __slots__ = ("_records",)
@@ -341,9 +341,11 @@ class Producer(PlainContext):
                 self._open_topic(topic, None)
             chosen = self._inner.choose_partitions(topic, records)
         _UNCLOSED.add(self)
-        return SendResult(BACKGROUND.run(self._take_many(topic, records, partition, chosen, trace.get_current_span())))
+        return SendResult(
+            BACKGROUND.run(self._append_many(topic, records, partition, chosen, trace.get_current_span()))
+        )
 
-    async def _take_many(
+    async def _append_many(
         self,
         topic: str,
         records: RecordColumns,
@@ -352,7 +354,7 @@ class Producer(PlainContext):
         caller: trace.Span,
     ) -> PlacedRecords:
         await self._handed_over()
-        return await self._inner.take_many(topic, records, partition, chosen, caller)
+        return await self._inner.append_many(topic, records, partition, chosen, caller)
 
     def _open_topic(self, topic: str, partition: int | None) -> None:
         _UNCLOSED.add(self)
@@ -419,7 +421,7 @@ class Producer(PlainContext):
 
     async def _take_staged(self) -> None:
         """Hands all staged records to the producer, in order, until none is left."""
-        staged, take, taken = self._staged, self._inner.take, 0
+        staged, append, taken = self._staged, self._inner.append, 0
         while True:
             try:
                 item = staged[0]  # stays in the queue until taken: counted, and not lost
@@ -433,7 +435,7 @@ class Producer(PlainContext):
             if isinstance(item, tuple):
                 future, topic, record, partition, sent_s, caller = item
                 try:
-                    taken_over = await take(topic, record, partition, sent_s, caller)
+                    taken_over = await append(topic, record, partition, sent_s, caller)
                     batch, future._index, future._timestamp_ms = taken_over
                     future._batch = batch  # last: with the batch the future may be done
                 except Exception as error:  # noqa: BLE001 - kept for the future, and for flush
