@@ -87,6 +87,7 @@ class CoordinatorApi:
             created_ms=0,
         )
         row = await topics.create_topic(self._clients, command)
+        # After the transaction of the topic: each group has a lock of its own, and there may be thousands.
         await groups.topic_changed(self._clients, row.topic)
         return messages.topic_info(row)
 
@@ -312,6 +313,7 @@ class CoordinatorApi:
         check_number("claim_ttl_ms", request.claim_ttl_ms, 1, self._settings.claim_ttl_ms_max)
         check_number("small_bytes_max", request.small_bytes_max, 1, INT64_MAX)
         check_number("target_bytes", request.target_bytes, 1, INT64_MAX)
+        # A longer run would never be found: the segments of a partition are read in pages of this size.
         check_number("segments_min", request.segments_min, 2, housekeeping.COMPACTION_SEGMENTS)
         claim = await housekeeping.claim_compaction(
             self._context,
@@ -482,6 +484,7 @@ class CoordinatorApi:
                 async for row in events:
                     yield messages.event(row)
         finally:
+            # Also if the stream is cancelled or breaks: a follower that is gone need not wait for its lease to run out.
             if request.session_token:
                 self._holders.follower_gone(messages.session_id_of(request.session_token))
 

@@ -105,6 +105,7 @@ class Feed:
             if not self._listens():
                 self.sealed("")
         finally:
+            # Before the next read: a wake that comes during that read ends the pause after it.
             self._wake.clear()
 
     async def _check_history(self) -> bool:
@@ -138,6 +139,7 @@ class Feed:
     async def _went_back(self, head: Head) -> None:
         """Starts over at the end of another history, which may continue at any position: a restore has accounted for
         missing events. Records a rollback if the history is the same. Raises Unavailable."""
+        # Before the first read there is nothing that could be missing.
         if self._position >= 0:
             if head.history_id == self._history_id:
                 await rollback_detection.record(
@@ -145,6 +147,7 @@ class Feed:
                     Head(history_id=self._history_id, position=self._position),
                     rollback_detection.COORDINATOR,
                 )
+            # Ends all followers: their positions mean other events in this history.
             self._era += 1
             log.error("the metadata went back: event %d of %s was read, now there is %d of %s",
                       self._position, self._history_id, head.position, head.history_id)  # fmt: skip
@@ -194,6 +197,7 @@ class Feed:
                     at = row.position
                     if not wanted or row.type in wanted:
                         yield row
+                # All notices since the last are a single notice: a segmenter that looks drains every waiting buffer.
                 if seen_sealed is not None and seen_sealed != self._sealed_count:
                     seen_sealed = self._sealed_count
                     yield _notice(at, self._sealed_id)
@@ -232,6 +236,7 @@ class Feed:
         if self._era != era or self._position <= at:
             return []
         if self._recent and self._recent[0].position <= at + 1:
+            # By index from the end: a deque has no slices, and is reached quickly only near its ends.
             count = self._position - at
             return [self._recent[index] for index in range(len(self._recent) - count, len(self._recent))]
         return await self._store.read_events(at, self._batch)

@@ -201,6 +201,7 @@ def segment_of(item: types_pb2.SegmentRef) -> Segment:
     check_number("size_bytes", item.size_bytes, 1, INT64_MAX)
     hex_id("topic_id", item.topic_id)
     segment = next(segments_from_proto([item]))
+    # Only the coordinator decides that a segment is lost; a worker cannot declare it with a registration.
     return replace(segment, segment_id=check_uuid("segment_id", item.segment_id), lost_reason="")
 
 
@@ -294,6 +295,7 @@ def offset_range(row: t.RangeRow) -> types_pb2.OffsetRange:
         status=row.status,
         agent_id=row.agent_id,
         wal_id=bytes.fromhex(row.wal_id),
+        # The row keeps the time after the range has ended; readers of the message must not take it for waiting still.
         orphaned_ms=row.orphaned_ms if row.status == t.ORPHANED else 0,
         acknowledged_end=row.acknowledged_end,
     )

@@ -61,6 +61,7 @@ class Probe:
                 except TimeoutError:
                     looks += 1
         finally:
+            # Also after a cancellation: otherwise the session would never be probed again.
             del self._running[session_id]
 
     async def _ended(self, session_id: str) -> bool:

@@ -93,6 +93,7 @@ class Sweeper:
             if away_ms := await outages.extend_leases_after_outage(self._context.store, interval_ms):
                 log.warning("no sweep for %d ms: leases are extended by as much", away_ms)
             return
+        # Before the moves: the end of a session changes the shares that they follow from.
         if found.sessions_expired and (count := await sessions.expire_sessions(self._context)):
             _ended.add(count, {"kind": "session"})
             log.warning("%d sessions expired", count)

@@ -100,6 +100,8 @@ class CoordinatorService:
                 await self.api.heartbeat(pb.HeartbeatRequest(session_token=self._session_token))
             except SessionExpired:
                 await self._reopen(request)
+            # The lease outlasts two failed heartbeats; beyond that the answer is SessionExpired, and another session is
+            # opened.
             except StreamHouseError as error:
                 log.warning("no heartbeat: %s", error.message)
 
@@ -133,6 +135,7 @@ def build(settings: CoordinatorSettings) -> CoordinatorService:
     connections = Connections(
         settings.pg_dsn,
         pool_max=settings.pg_pool_max,
+        # However small the pool, a connection stays for leases, registrations and sweeps.
         client_slots=min(settings.pg_pool_clients_max, settings.pg_pool_max - 1),
         limits=limits,
         pooler=settings.pg_pooler,

@@ -52,6 +52,7 @@ async def _migrate(connection: Any) -> list[str]:
     await connection.execute(
         "CREATE TABLE IF NOT EXISTS migrations (name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT now())"
     )
+    # Read under the lock: another coordinator may have applied all of them during the wait.
     done = {row["name"] for row in await connection.fetch("SELECT name FROM migrations")}
     known = available()
     if unknown := done - set(known):

@@ -48,6 +48,8 @@ RowT = TypeVar("RowT")
 # Tries of a transaction that meets conflicts, before the caller is asked to retry: with a wait of up to 2, 4, 8 ... ms
 # in between, two coordinators that race for the same rows need two or three.
 CONFLICT_ATTEMPTS = 10
+# Reads of many statements as of a single moment. Commands run in READ COMMITTED instead: a statement that has waited
+# for a row sees its newest version, so rows are locked first and decided on then.
 SNAPSHOT = "ISOLATION LEVEL REPEATABLE READ READ ONLY"
 
 _meter = metrics.get_meter("streamhouse.coordinator")
@@ -249,10 +251,14 @@ class PostgresStore:
             self._snapshots.give_back(call)
 
     async def renew_session(self, session_id: str, ttl_ms: int) -> int | None:
+        # A single row and no other lock. Urgent, since a lease that runs out moves partitions, which costs more than
+        # any wait.
         text = f"UPDATE session_leases SET expires_ms = {NOW_MS} + $2 WHERE session_id = $1 RETURNING grants_version"
         return await self._single(lambda connection: connection.fetchval(text, session_id, ttl_ms), Call(urgent=True))
 
     async def renew_member(self, group: str, member_id: str, generation: int, owned: str) -> int | None:
+        # Every condition is in the statement: it changes nothing unless the heartbeat has no news, so it needs no lock
+        # of the group.
         text = f"""UPDATE group_member_state s SET expires_ms = {NOW_MS} + m.session_timeout_ms
             FROM groups g, group_members m
             WHERE s.group_name = $1 AND s.member_id = $2 AND s.complete AND s.owned = $4
@@ -285,6 +291,8 @@ class PostgresStore:
         return await self._single(read)
 
     async def head(self) -> Head:
+        # A single statement, hence a single moment: otherwise a history that is replaced in between would pass for a
+        # rollback.
         text = """SELECT (SELECT history_id FROM histories ORDER BY nth DESC LIMIT 1) history_id,
             (SELECT position FROM event_position) position,
             (SELECT coalesce(max(position), 0) FROM forks) missing_position,
@@ -300,6 +308,7 @@ class PostgresStore:
         No transaction is open during the wait for a broker, which may take long or never answer. The outbox is claimed
         for `claim_ms` instead; if publishing takes longer, another coordinator may publish the same events again.
         """
+        # All times are those of PostgreSQL, so the clocks of coordinators do not matter.
         claim = f"""UPDATE outbox SET claimed_until_ms = {NOW_MS} + $1 FROM event_position last
             WHERE outbox.position < last.position AND claimed_until_ms <= {NOW_MS}
             RETURNING outbox.position, claimed_until_ms"""
@@ -349,6 +358,7 @@ class PostgresStore:
             async with self._checks:
                 connection = await self._first_connection()
                 try:
+                    # Not READ ONLY, since the check creates temporary tables.
                     await connection.execute(begin(limits, "ISOLATION LEVEL REPEATABLE READ"))
                     async with aclosing(projection_check.check(connection)) as parts:  # type: ignore[type-var]
                         async for part in parts:
@@ -369,6 +379,7 @@ async def _rebuild(connection: Any) -> None:
     await connection.execute(f"LOCK TABLE {', '.join(names)} IN EXCLUSIVE MODE")
     for name in names:
         await connection.execute(f"DELETE FROM {name}")
+    # Last, as in every commit: from here on no event is appended until the projections are complete.
     await connection.execute("LOCK TABLE event_position IN EXCLUSIVE MODE")
     rebuilding = PostgresRebuilding(connection)
     await rebuilding.fill_from_bases()

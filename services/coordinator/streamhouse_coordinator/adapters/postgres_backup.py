@@ -81,6 +81,7 @@ async def restore_transaction(dsn: str, *, commit: bool) -> AsyncIterator[Restor
             await _must_be_free(connection)
         await migrate(connection)
         await connection.execute(begin(LIMITS))
+        # A coordinator that is started too early waits here, and writes nothing beside the restore.
         await connection.execute("LOCK TABLE event_position, sessions, histories IN EXCLUSIVE MODE")
         yield PostgresRestoring(connection)
         await connection.execute("COMMIT" if commit else "ROLLBACK")

@@ -173,6 +173,8 @@ class Connections:
         try:
             yield connection
         except (TimeoutError, asyncio.CancelledError):
+            # The server may still run the statement, or hold its locks: neither the connection nor the slot is free
+            # yet.
             self._end(pool, connection, call)
             raise
         except BaseException as error:
@@ -278,6 +280,7 @@ class Connections:
             if not connection.is_closed():  # else the server has rolled back already
                 await connection.execute("ROLLBACK")
             raise
+        # PostgreSQL answers ROLLBACK, not an error, to the COMMIT of a transaction in which a statement has failed.
         if (ended := await connection.execute("COMMIT")) != "COMMIT":
             raise asyncpg.InFailedSQLTransactionError(f"the transaction ended with {ended}: a statement had failed")
 

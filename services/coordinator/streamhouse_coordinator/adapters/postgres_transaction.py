@@ -27,6 +27,8 @@ GROUPS_CHANNEL = "streamhouse_groups"
 BUFFERS_CHANNEL = "streamhouse_buffers"
 # Events of a round of a replay: their row operations are a few MB at most.
 REPLAY_BATCH = 1000
+# clock_timestamp() is the present time; now() would be the time at which the transaction began, before its waits for
+# locks.
 NOW_MS = "(extract(epoch from clock_timestamp()) * 1000)::bigint"
 
 _events = counter(
@@ -60,6 +62,8 @@ class PostgresTransaction:
         """Waits for the named lock, as the first statement; the lock is held until the transaction ends. Raises
         Overloaded if a frozen or very busy coordinator keeps the lock."""
         try:
+            # A lock of the transaction: it ends with the commit, also behind a pooler, which would keep a lock of the
+            # session. Two names with the same hash only wait for each other.
             await self._connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", name)
         except asyncpg.LockNotAvailableError as error:
             raise overloaded("another coordinator holds the same lock for too long") from error
@@ -104,6 +108,7 @@ class PostgresTransaction:
         if any(stamped(event, 1) is not event for event in events):
             at_ms = await self.now_ms()
             events = [stamped(event, at_ms) for event in events]
+        # Applied at once, numbered by finish(): the position, for which all others wait, is held only for the commit.
         await self.apply([op for event in events for op in row_ops(event)])
         self._pending += [(event, trace_context) for event in events]
 
@@ -156,6 +161,8 @@ class PostgresTransaction:
             EVENTS_CHANNEL,
         )
         await self._connection.execute(
+            # max(version) needs no lock of its own: every transaction that appends to the stream waits for the position
+            # first.
             f"""INSERT INTO events (position, stream_id, version, type, payload, trace_context, created_ms)
             SELECT $1 + u.nth,
                    u.stream_id,

@@ -59,6 +59,7 @@ async def _differences(connection: Any, table: Table[Any]) -> tuple[int, list[Di
     found, expected = (", ".join(f'{side}."{name}"' for name in table.columns) for side in ("found", "expected"))
     keys = sql.names(table.key)
     rows = await connection.fetch(
+        # FULL JOIN also finds rows that only one of the tables has; IS DISTINCT FROM compares nulls.
         f"""SELECT to_jsonb(found)::text, to_jsonb(expected)::text, count(*) OVER ()
         FROM {table.name} found FULL JOIN {rebuilt_of(table).name} expected USING ({keys})
         WHERE ({found}) IS DISTINCT FROM ({expected}) ORDER BY {keys} LIMIT {DIFFERENCES_MAX}"""

@@ -126,6 +126,7 @@ class Relay:
     async def _publish_all(self, exchange: Any) -> None:
         publish = partial(self._publish, exchange)
         while True:
+            # Before the drain: events that arrive during it end the wait below at once.
             position = self._feed.position
             try:
                 while await self._drain(publish, self._batch) == self._batch:

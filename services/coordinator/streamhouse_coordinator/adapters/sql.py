@@ -12,6 +12,7 @@ from streamhouse_coordinator.core.tables import Table
 from streamhouse_coordinator.ports import Above, AtMost, In, Where
 
 _TYPES = {int: "bigint", str: "text", bool: "boolean", bytes: "bytea"}
+# SHARE keeps the rows from being deleted, and lets any number of commits of offsets hold the same topic.
 _LOCKS = {"": "", "wait": " FOR UPDATE", "skip": " FOR UPDATE SKIP LOCKED", "share": " FOR SHARE"}
 
 Statement = tuple[str, list[Any]]
@@ -112,6 +113,7 @@ def _upsert(table: Table[Any], rows: Sequence[Any]) -> Statement:
     others = [name for name in columns if name not in table.key]
     updates = ", ".join(f'"{name}" = excluded."{name}"' for name in others)
     action = f"UPDATE SET {updates}" if updates else "NOTHING"
+    # Columns as arrays: the text is the same for any number of rows, and a prepared statement is used again.
     text = (
         f"INSERT INTO {table.name} ({names(columns)}) SELECT * FROM unnest({_unnest(table, columns)}) "
         f"ON CONFLICT ({names(table.key)}) DO {action}"
@@ -133,6 +135,7 @@ def _update(table: Table[Any], changed: Sequence[str], ops: Sequence[Set]) -> St
 def _delete(table: Table[Any], columns: Sequence[str], ops: Sequence[Remove]) -> Statement:
     rows = f"unnest({_unnest(table, columns)}) u({names(columns)})"
     text = f"DELETE FROM {table.name} t USING {rows} WHERE {_same(columns)}"
+    # Conditions on other columns than the key may meet many rows, too.
     if len(ops) > 1 or set(columns) != set(table.key):
         text = f"{_locked(table, rows, columns)} DELETE FROM {table.name} t WHERE {_held(table)}"
     return text, [[op.where[name] for op in ops] for name in columns]

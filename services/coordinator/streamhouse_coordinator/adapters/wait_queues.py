@@ -114,6 +114,7 @@ class WaitQueue:
                 self.give_back(call)  # granted, but the task was cancelled before it ran
             raise
         finally:
+            # From both queues: the call may have become urgent while it waited.
             self._urgent_queue.pop(call, None)
             self._client_queue.pop(call, None)
             call.waits_in = None

@@ -186,6 +186,7 @@ def grant(
         else:
             rest[row.topic_id].append(row)
     for topic_id, rows in rest.items():
+        # strict=False: sessions also miss partitions that are still on the move, so there are more places than rows.
         for row, session in zip(rows, _by_load(topic_id, missing, totals, sessions), strict=False):
             chosen[topic_id, row.partition] = session
     grants = []

@@ -135,6 +135,7 @@ def judge(merged: Segment, replaced: Sequence[SegmentRow], asked: int, known: bo
     `replaced`: the existing segments, by offset. `known`: `merged` was registered by an earlier try. `declared`: the
     object of `merged` is protected from deletion.
     """
+    # Before the checks: the first try of this call has replaced the inputs.
     if known:
         return Result.REGISTERED
     same_partition = all((row.topic_id, row.partition) == (merged.topic_id, merged.partition) for row in replaced)

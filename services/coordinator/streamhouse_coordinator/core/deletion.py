@@ -48,6 +48,7 @@ def judge(state: ObjectState, now_ms: int, grace: DeletionGrace) -> Verdict:
         return Verdict.REFERENCED
     if state.intent is not None and not is_stale(state, now_ms, grace):
         return Verdict.DECLARED
+    # Begun for good, whatever the grace is now: the object may be gone from the store.
     if state.deletion is not None and state.deletion.begun_ms:
         return Verdict.BEGUN
     noticed_ms = now_ms if state.deletion is None else state.deletion.noticed_ms
@@ -91,6 +92,7 @@ def withdrawal(
     gone = list(intents)
     ended = {row.claim_id for row in gone}
     ops: list[RowOp] = [Remove(t.UPLOAD_INTENTS, {"object_key": row.object_key}) for row in gone]
+    # The row of a buffer stays, for the next claim: its records are still to be uploaded.
     ops += [Put(t.BUFFER_CLAIMS, replace(c, claim_id="", worker_id="")) for c in buffer_claims if c.claim_id in ended]
     ops += [
         Remove(t.COMPACTION_CLAIMS, {"topic_id": c.topic_id, "partition": c.partition})

@@ -164,6 +164,7 @@ def owned_after(
 def check_commit(group: Group, member: str, generation: int, names: Iterable[PartitionName]) -> None:
     """Checks that a member may commit offsets of these partitions. Raises UnknownMember, or IllegalGeneration if
     another member works on a partition, or may be about to."""
+    # Commits of tools and of consumers that choose their partitions themselves, as with Kafka.
     if not member and not generation:
         if group.topics:
             raise IllegalGeneration(
@@ -177,6 +178,7 @@ def check_commit(group: Group, member: str, generation: int, names: Iterable[Par
     own = group.owned.get(member, frozenset())
     held = {name for other, others in group.owned.items() if other != member for name in others}
     for name in names:
+        # In a new generation a member may still commit the partitions that it has not released.
         if name in held or (generation != group.generation and name not in own):
             raise IllegalGeneration(
                 f"{name} is not {member!r}'s to commit in generation {generation} of group {group.name!r}",

@@ -89,6 +89,7 @@ def _(event: ev.TopicAltered) -> RowOps:
 @row_ops.register
 def _(event: ev.TopicDeleted) -> RowOps:
     where = {"topic_id": event.topic_id}
+    # The id is kept: a log or object of this topic must not pass for that of a topic lost with the metadata.
     gone = (Remove(table, where) for table in (t.TOPICS, t.PARTITIONS, t.RANGES, t.SEGMENTS))
     return (*gone, Put(t.DELETED_TOPICS, t.DeletedTopicRow(event.topic_id, event.topic, event.deleted_ms)))
 

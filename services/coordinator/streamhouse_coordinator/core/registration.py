@@ -39,10 +39,12 @@ def judge(segment: Segment, row: RangeRow | None) -> Result:
     records would be in the log twice. The worker with the records cuts a new segment."""
     if row is None or row.status == LOST:
         return Result.FENCED
+    # Before the end is checked: a retry for a range that has ended meanwhile is no refusal.
     if segment.end_offset <= row.registered_end:
         return Result.COVERED
     if segment.base_offset < row.registered_end:
         return Result.FENCED
+    # Until the end is known the limit fences: offsets beyond it belong to the next epoch.
     end = row.limit_offset if row.end_offset is None else row.end_offset
     if segment.end_offset > end:
         return Result.FENCED
@@ -74,10 +76,12 @@ def register(
     todo = sorted(enumerate(segments), key=lambda item: item[1].base_offset)
     for at, segment in todo:
         _fill_holes(now, key_of(segment), lost, topics, events)
+        # A retry after a lost answer. By its offsets it would be COVERED, and count as a segment that was not needed.
         if segment.segment_id in known_ids:
             results[at] = Result.REGISTERED
             continue
         results[at] = judge(segment, now.get(key_of(segment)))
+        # Only where the segment would become part of the log: a covered or fenced object may be deleted.
         if results[at] is Result.REGISTERED and segment.object_key not in declared:
             results[at] = Result.WITHDRAWN
         if results[at] is Result.REGISTERED:
@@ -164,6 +168,7 @@ def of_buffer(registered: Sequence[SegmentRegistered], buffer: BufferRow, comple
             buffer_id=buffer.buffer_id,
             agent_id=buffer.agent_id,
             segments=tuple(part),
+            # With the last part: a follower that sees the buffer completed has seen all of its segments.
             completed=completed and part is parts[-1],
         )
         for part in parts

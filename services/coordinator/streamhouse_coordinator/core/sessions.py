@@ -257,6 +257,7 @@ def settle(
 
 def extend(row: RangeRow, next_offset: int, width_offsets: int) -> RangeExtended | None:
     """Returns a wider range if less than a quarter of a width is left, else None (for a repeated request, say)."""
+    # By default a quarter is 2^28 offsets: many heartbeats of any agent, so no leader runs out of offsets in between.
     if row.status != OPEN or row.limit_offset - next_offset >= width_offsets // 4:
         return None
     return RangeExtended(
@@ -329,6 +330,7 @@ def settled_snapshots(
 def lose_unclean(row: RangeRow, unclean_after_ms: int, now_ms: int) -> RangeLost | None:
     """Returns the loss of a range that has waited for its agent for longer than unclean_recovery_after_ms, None if it
     has not. The true end is unknown, so everything up to the limit counts as lost."""
+    # Without a time it is not known how long the range has waited: an operator has to decide.
     if not row.orphaned_ms or now_ms - row.orphaned_ms < unclean_after_ms:
         return None
     return RangeLost(

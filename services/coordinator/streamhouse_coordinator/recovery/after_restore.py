@@ -100,6 +100,7 @@ async def _split(
         gone = [row.segment_id for row in reset]
         event = _restored(partition, names[key[0]], result.ranges, result.removed_epochs, gone)
         await tx.append([event, *restore_plan.orphanings(rows, result.ranges)])
+    # After the split: only now the ranges of this log have their starts and limits.
     await _register_holes(tx, key, wal_id, reported)
     return {(*key, epoch): end for epoch, end in result.ends.items()}
 
@@ -134,6 +135,7 @@ async def complete(
         raise InvalidArgument("a reason is kept with what is lost only", field="reason", value=reason)
 
     async def work(tx: Transaction) -> tuple[list[tuple[str, t.RangeRow]], list[str]]:
+        # Ranges before partitions, as in the lock order; an agent that takes its part waits for the cluster lock.
         rows = await tx.select(t.RANGES, where(ORPHANED_RANGES, wal_id=""), order=t.RANGES.key, lock="wait")
         keys = {(row.topic_id, row.partition) for row in rows}
         names = await topic_names(tx, {key[0] for key in keys})

@@ -64,6 +64,7 @@ async def take(snapshot: Snapshot, store: ObjectStore, now_ms: int) -> fmt.Manif
         chunks=tuple(chunks),
         pruned_position=(await snapshot.select(t.PRUNED))[0].position,
     )
+    # Last: without it the chunks are no backup, so a crash before this leaves nothing that a restore could take.
     await _put_once(store, fmt.manifest_key(name), fmt.encode_manifest(manifest))
     return manifest
 

@@ -120,6 +120,7 @@ async def _load(tx: RestoreTransaction, store: ObjectStore, manifest: fmt.Manife
         await tx.apply([Put(table, row) for row in batch])
     # Bases before events: the events are applied on top of them.
     await tx.fill_from_bases()
+    # Kept events must begin right behind the last pruned event, which the bases include.
     last = manifest.pruned_position
     async for key, table, batch in _batches(store, [chunk for chunk in manifest.chunks if chunk not in bases]):
         if table is t.EVENTS:
@@ -186,6 +187,7 @@ async def _begin_history(tx: RestoreTransaction, manifest: fmt.Manifest, report:
     if not histories or histories[-1].history_id != manifest.history_id:
         raise fmt.BackupDamaged(f"{manifest.name}: its histories do not end with {manifest.history_id}")
     producer_id = manifest.producer_id + restore_plan.JUMP_PRODUCER_IDS
+    # Beyond all ids that may have been given out: the state of older producers is not restored, so agents refuse them.
     await tx.set_producer_id(producer_id)
     row = t.HistoryRow(
         nth=histories[-1].nth + 1,
@@ -219,6 +221,7 @@ async def _adopt(
     # Compared by place: a registered segment has a random id, a stored segment has an id that follows from the place.
     places = {(row.object_key, row.object_at) for row in known}
     fresh = [item for item in objects.found if (item.segment.object_key, item.segment.object_at) not in places]
+    # Before the topics are read: partitions of topics younger than the backup are restored like the others.
     await _recover_topics(tx, fresh, report)
     topics = {row.topic_id: row for row in await tx.select(t.TOPICS)}
     present = {row.segment_id for row in known if row.lost_reason or _is_there(row, objects.sizes)}

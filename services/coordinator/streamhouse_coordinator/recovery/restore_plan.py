@@ -165,6 +165,7 @@ def _ranges(known: BackedUpPartition, found: Selection) -> list[RangeRow]:
     for epoch in sorted(set(starts) - {row.epoch for row in rows}):
         template = unrecovered_range(known.topic.topic_id, known.partition.partition, epoch, starts[epoch], ends[epoch])
         rows.append(replace(template, registered_end=ends[epoch]))
+    # Epochs and offsets granted after the backup are unknown; granted once more, an offset would have two records.
     last_epoch = max([newest, *(row.epoch for row in rows)]) + JUMP_EPOCHS
     last_offset = max([found.log_start_offset, *(max(row.limit_offset, row.registered_end) for row in rows)])
     jump = last_offset + JUMP_OFFSETS

@@ -47,6 +47,7 @@ async def record(store: Store, seen: Head, seen_by: str) -> None:
         await tx.apply(ops)
         return True
 
+    # Under the cluster lock, so that no session opens between the look at the records and the end of the leases.
     if await store.run(work, lock=CLUSTER_LOCK):
         log.critical(
             "the metadata went back: event %d of history %s was seen and is not there any more. Bring it back with "

@@ -89,6 +89,7 @@ class _Search:
         every = list(candidates)
         self._starts = _starts(self._ranges, every)
         self._epochs = sorted(self._starts)
+        # Registered segments passed the fence when they were registered; objects that were only found may not have.
         self._usable = [item for item in every if item.registered or not self._void(item)]
         self._usable.sort(key=lambda item: (item.base_offset, item.end_offset))
         self._found = Selection(log_start_offset=log_start_offset)

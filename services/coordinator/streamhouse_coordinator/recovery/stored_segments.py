@@ -49,6 +49,7 @@ async def scan(store: ObjectStore, known_ends: Mapping[str, int], progress: Call
             stored.sizes[info.key] = info.size_bytes
             if len(stored.sizes) % 1000 == 0:
                 progress("objects listed", len(stored.sizes), 0)
+    # An object of the expected size holds nothing new: a restore reads some of a million objects, not all of them.
     todo = [key for key, size_bytes in stored.sizes.items() if known_ends.get(key) != size_bytes]
     # Shared by all readers: each takes the next key.
     waiting = iter(todo)

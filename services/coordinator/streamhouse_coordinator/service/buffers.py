@@ -64,8 +64,11 @@ async def announce(
         session = await live_session(tx, sealed.session_id)
         _must_be_ingest(session)
         slices = [_slice_row(sealed.buffer_id, item) for item in sealed.slices]
+        # A retry: the answer to the first announcement was lost.
         if await tx.select(t.BUFFERS, where(buffer_id=sealed.buffer_id)):
             return None
+        # Without locks: if a range ends meanwhile, the claim of the buffer finds nothing left and completes it
+        # (_open_claim).
         ranges = await ranges_by_key(tx, {row.range_key for row in slices})
         if not registration.unresolved(slices, ranges):
             # The buffer was announced before and is completed, or no part of it is wanted any more. Either way its
@@ -86,6 +89,7 @@ async def announce(
                 *(
                     Put(t.PRODUCER_SNAPSHOTS, _snapshot_row(key, ends[key], snapshot))
                     for key, snapshot in snapshots.items()
+                    # Nothing would remove a row of a topic that is deleted already.
                     if snapshot and key[0] in names
                 ),
                 Put(
@@ -111,6 +115,7 @@ async def announce(
 
     announced = await context.store.run(work, lock=sealed.stream_id)  # a first try may still run
     if announced is not None:
+        # After the commit: a segmenter that looks earlier finds nothing to claim.
         context.buffer_sealed(announced, trace_context)
 
 
@@ -151,6 +156,8 @@ async def claim(context: Context, worker_id: str, ttl_ms: int, except_agents: Co
     async def work(tx: Transaction) -> Claimed | None:
         now_ms = await tx.now_ms()
         sessions = await tx.select(t.SESSIONS, where(role=INGEST))
+        # Slices are pulled from the agent itself, so a buffer without a live agent would only cost its worker a
+        # timeout.
         agents = {row.wal_id: row for row in sessions if row.agent_id not in except_agents}
         free = where(wal_id=In(agents), free_at_ms=AtMost(now_ms))
         for _ in range(CLAIM_CANDIDATES if agents else 0):
@@ -163,6 +170,7 @@ async def claim(context: Context, worker_id: str, ttl_ms: int, except_agents: Co
                 claim_id=claim_id,
                 worker_id=worker_id,
                 free_at_ms=now_ms + ttl_ms,
+                # Counted with the claim: a worker that dies never reports a failure.
                 attempt=rows[0].attempt + 1,
             )
             claimed = await _open_claim(tx, taken, agents[taken.wal_id].address)
@@ -213,6 +221,8 @@ async def renew_claim(context: Context, claim_id: str, ttl_ms: int) -> None:
     """Extends claims of buffers and of compactions. Raises Fenced if the claim is lost."""
 
     async def work(tx: Transaction) -> None:
+        # The rows are selected by claim id and locked: PostgreSQL checks the condition again after a wait, so a claim
+        # that another worker has taken meanwhile is not renewed.
         until_ms = await tx.now_ms() + ttl_ms
         ops: list[RowOp] = [
             Set(t.BUFFER_CLAIMS, (row.buffer_id,), {"free_at_ms": until_ms})
@@ -278,6 +288,8 @@ async def register(
     MetadataWentBack."""
 
     async def work(tx: Transaction) -> list[registration.Result]:
+        # After a rollback nothing is added to the log before a restore: the positions of the lost events are used
+        # again.
         await rollback_detection.check(tx, rollback_detection.COORDINATOR)
         early = await _early_ranges(tx, segments)
         offered = [item for item in segments if registration.key_of(item) not in early]
@@ -311,6 +323,7 @@ async def _early_ranges(tx: Transaction, segments: Sequence[Segment]) -> set[Ran
 async def _register(tx: Transaction, buffer_id: str, segments: Sequence[Segment]) -> registration.Registration:
     keys = {registration.key_of(item) for item in segments}
     ranges = await ranges_by_key(tx, keys, lock="wait")
+    # After the ranges are locked: the first try of this call may have committed during the wait.
     known = await tx.select(t.SEGMENTS, where(segment_id=In([item.segment_id for item in segments])))
     lost = await tx.select(t.LOST_SPANS, where_keys(RANGE_KEYS, sorted(keys)))
     names = await topic_names(tx, {item.topic_id for item in segments} | {row.topic_id for row in lost})
@@ -338,6 +351,7 @@ async def _finish(tx: Transaction, done: registration.Registration, *, buffer_id
     ]
     ops += await _outdated_snapshots(tx, done)
     buffers = await tx.select(t.BUFFERS, where(buffer_id=buffer_id))
+    # With the ranges as the events leave them, since these are appended below.
     completed = bool(buffers) and not await _unresolved(tx, buffer_id, done.ranges)
     if completed:
         ops += done_with([buffer_id])
@@ -372,6 +386,7 @@ async def report_lost(context: Context, session_id: str, spans: Sequence[t.LostS
         ranges = await ranges_by_key(tx, {span.range_key for span in spans}, lock="wait")
         for span in spans:
             row = ranges.get(span.range_key)
+            # Another log may still have the records: only the log of the range can say that they are gone.
             if row is not None and row.wal_id != session.wal_id:
                 raise InvalidArgument(
                     f"epoch {span.epoch} of partition {span.partition} belongs to another write-ahead log",
@@ -381,6 +396,8 @@ async def report_lost(context: Context, session_id: str, spans: Sequence[t.LostS
         await tx.apply([Put(t.LOST_SPANS, span) for span in spans])
         names = await topic_names(tx, {span.topic_id for span in spans})
         waiting = await tx.select(t.LOST_SPANS, where_keys(RANGE_KEYS, sorted(ranges)))
+        # Without a segment: a hole at the end of what is registered would otherwise wait for the next registration,
+        # which may never come.
         done = registration.register(
             [], ranges=ranges, known_ids=(), lost=waiting, topics=names, buffer_id="", declared=()
         )

@@ -72,6 +72,7 @@ class GroupWaiters:
         """Wakes the waiters of `group`, or of all groups if it is empty."""
         names = [group] if group else list(self._tickets)
         for name in names:
+            # Removed: a ticket taken from now on waits for the next change.
             ticket = self._tickets.pop(name, None)
             if ticket is not None:
                 ticket.set()
@@ -149,6 +150,7 @@ async def change_leadership(context: Context, work: Callable[[Transaction], Awai
     the command's result, even if the moves are left to a sweep: the command itself is committed."""
     result = await context.store.run(work, lock=CLUSTER_LOCK)
     try:
+        # The command is committed. A failure of the moves must not look like its own: the caller would repeat it.
         await make_moves(context)
     except StreamHouseError as error:
         log.warning("partitions that are due to move wait for the next sweep: %s", error.message)
@@ -167,7 +169,9 @@ async def commit_leadership(tx: Transaction, settings: CoordinatorSettings, even
     if sessions:
         await _share_out(tx, settings, sessions, events)
     else:
+        # Without an agent nothing can move; the next session that opens shares out everything anew.
         await tx.apply([Remove(t.SWEEPS, {"name": MOVES_DUE})])
+    # After everything else, because session leases are the last rows in the lock order.
     await _bump_grants_version(tx, sessions)
     return before
 
@@ -184,6 +188,7 @@ async def _share_out(
     able = assignment.able_to_lead(sessions, load.unable)
     shares = assignment.share(load.sizes, load.led, able, load.others)
     names = await topic_names(tx, {row.topic_id for row in waiting})
+    # After the events are applied: where they settled a range, the next epoch starts at the true end, without a gap.
     latest = await newest_ranges(tx, waiting)
     width = settings.range_width_offsets
     await tx.append(assignment.grant(shares, names, waiting, latest, load.by_session, able, width))
@@ -201,6 +206,7 @@ async def make_moves(context: Context) -> None:
         return bool(await tx.select(t.SWEEPS, where(name=MOVES_DUE)))
 
     async def work(tx: Transaction) -> None:
+        # Looked up again under the lock: another coordinator may have made the moves while this call waited.
         if not await are_due(tx):
             return
         settled: list[Event] = []
@@ -222,6 +228,7 @@ async def _bump_grants_version(tx: Transaction, sessions: Sequence[t.SessionRow]
     """Sets the leases' grants_version to the position of this transaction; agents see the version with their next
     heartbeat."""
     ids = [row.session_id for row in sessions]
+    # Locked now, since the commit sets the version while it holds the event position, and may then wait for no row.
     await tx.select(t.SESSION_LEASES, where(session_id=In(ids)), lock="wait")
     tx.with_position(lambda position: [Set(t.SESSION_LEASES, (id_,), {"grants_version": position}) for id_ in ids])
 
@@ -325,6 +332,8 @@ async def _moves(
     moves = moves[: max(0, most - len(at_once))]
     ending = set(sorted(at_once)[:most])
     moving = {(event.topic_id, event.partition, event.epoch) for event in moves}
+    # Locked by a single statement in key order. registered_end is taken from these rows: registration needs no cluster
+    # lock and may have gone on since the first read.
     rows = await ranges_by_key(tx, moving | ending, lock="wait")
     ends = [
         RangeSettled(topic_id=row.topic_id, partition=row.partition, epoch=row.epoch, end_offset=row.registered_end)

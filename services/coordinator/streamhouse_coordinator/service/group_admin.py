@@ -61,6 +61,8 @@ class Description:
 
 async def list_groups(context: Context) -> list[Summary]:
     """Returns every group that has members, had members, or has commits; by name."""
+    # Members, states and offsets have to be of the same moment: a rebalance in between would show owners without a
+    # member.
     async with context.store.snapshot() as tx:
         rows = {row.group_name: row for row in await tx.select(t.GROUPS)}
         members: dict[str, list[t.GroupMemberRow]] = {}
@@ -184,6 +186,7 @@ async def reset_offsets(context: Context, name: str, commits: Sequence[Commit]) 
     async def work(tx: Transaction) -> None:
         loaded = await load(tx, name)
         groups.check_empty(loaded.group, "reset its offsets")
+        # As with a commit: keeps the topic from being deleted before the offsets are written.
         rows = await tx.select(t.TOPICS, where(topic=In({item.topic for item in commits})), lock="share")
         topics = {row.topic: row for row in rows}
         now_ms = await tx.now_ms()
@@ -193,6 +196,7 @@ async def reset_offsets(context: Context, name: str, commits: Sequence[Commit]) 
         for item, row in zip(commits, after, strict=True):
             held = before.get(t.GROUP_OFFSETS.key_of(row))
             previous = held.next_offset if held is not None else -1
+            # An operator who repeats a reset causes no further event.
             if previous != row.next_offset:
                 changes.append(
                     OffsetChange(

@@ -187,6 +187,7 @@ async def heartbeat(
             await ticket.wait()
     except TimeoutError:
         return done
+    # The member has said nothing during the wait: owned=None keeps its last report.
     return await context.store.run(lambda tx: _speak(tx, name, member_id, owned=None), lock=lock_of(name))
 
 
@@ -267,6 +268,7 @@ async def _refresh_readers(context: Context, topic: str) -> None:
             await _change_members(tx, loaded, [], [])
 
     for name in sorted(await context.store.run(readers)):
+        # A transaction per group: no call holds the locks of many groups.
         await context.store.run(partial(refresh, name), lock=lock_of(name))
 
 

@@ -58,6 +58,8 @@ async def _due(topic: t.TopicRow, tx: Transaction) -> list[int]:
 async def _retain_partition(context: Context, topic: t.TopicRow, partition: int) -> tuple[int, int]:
     async def work(tx: Transaction) -> tuple[int, int]:
         of_partition = where(topic_id=topic.topic_id, partition=partition)
+        # The row of the partition stands for its segments: a compaction locks it as well, so none is replaced
+        # meanwhile.
         rows = await tx.select(t.PARTITIONS, of_partition, lock="wait")
         if not rows:
             return 0, 0
@@ -99,6 +101,7 @@ async def delete_records(context: Context, topic: str, partition: int, before_of
 
     segments = size_bytes = 0
     while True:
+        # A transaction per batch: the deletion of a million segments must not hold the row of the partition throughout.
         done, log_start_offset, count, removed_bytes = await context.store.run(step)
         segments += count
         size_bytes += removed_bytes
@@ -138,6 +141,7 @@ async def claim_compaction(
         rows: list[Totals] = await tx.totals(t.SEGMENTS, small, by=("topic_id", "partition"))
         counts = {(row.group[0], row.group[1]): row.count for row in rows if row.group not in taken}
         for key in compaction.partitions_to_look_at(counts, segments_min, turn=claim_id):
+            # First without a lock, because most partitions have nothing to merge.
             if await choose(tx, key) and await _take(tx, key, now_ms):
                 run = await choose(tx, key)  # the choice holds now that the partition is locked
                 if run:
@@ -186,6 +190,7 @@ async def _take(tx: Transaction, key: PartitionRowKey, now_ms: int) -> bool:
     of_partition = where(topic_id=key[0], partition=key[1])
     if not await tx.select(t.PARTITIONS, of_partition, lock="skip"):
         return False
+    # Again under the lock: another worker may have claimed the partition since the claims were read.
     return not any(row.expires_ms > now_ms for row in await tx.select(t.COMPACTION_CLAIMS, of_partition))
 
 
@@ -197,7 +202,9 @@ async def register_compaction(context: Context, claim_id: str, replaced_ids: Seq
         of_partition = where(topic_id=merged.topic_id, partition=merged.partition)
         await tx.select(t.PARTITIONS, of_partition, lock="wait")
         claims = await tx.select(t.COMPACTION_CLAIMS, where(claim_id=claim_id), lock="wait")
+        # The intent stands for the object: a deletion holds its row when it begins, and withdraws it.
         intents = await tx.select(t.UPLOAD_INTENTS, where(object_key=merged.object_key), lock="wait")
+        # A retry after a lost answer, whose inputs are replaced already.
         known = bool(await tx.select(t.SEGMENTS, where(segment_id=merged.segment_id)))
         rows = await tx.select(t.SEGMENTS, where(segment_id=In(replaced_ids)), order=("base_offset",))
         result = compaction.judge(merged, rows, len(set(replaced_ids)), known, bool(intents))

@@ -23,6 +23,8 @@ async def declare_uploads(context: Context, claim_id: str, object_keys: Sequence
     nothing. Raises Fenced if the claim is lost, InvalidArgument for a key that is being deleted."""
 
     async def work(tx: Transaction) -> None:
+        # Locked: a deletion that withdraws declarations ends their claims, so a late repetition of this call is
+        # refused.
         claims = await _claims(tx, [claim_id], "wait")
         if not (claims.buffers or claims.compactions):
             raise Fenced(f"claim {claim_id!r} is done, or expired and taken by another worker", offered=claim_id)
@@ -63,6 +65,7 @@ async def begin_deletion(
     async def work(tx: Transaction) -> tuple[int, list[JudgedObject]]:
         if not dry_run:
             await rollback_detection.check(tx, rollback_detection.COORDINATOR, rollback_detection.AGENT)
+        # A dry run changes nothing, and must not hold up registrations in these objects.
         found = await _look(tx, object_keys, "" if dry_run else "wait")
         now_ms = await tx.now_ms()
         states = found.states(object_keys, now_ms)
@@ -88,6 +91,8 @@ async def finish_deletion(context: Context, object_keys: Sequence[str]) -> None:
     """Ends the deletion of objects that are gone from the store."""
 
     async def work(tx: Transaction) -> None:
+        # After the objects: after a crash in between, the next sweep finds the row and deletes the absent object once
+        # more.
         await tx.apply([Remove(t.DELETIONS, {"object_key": key}) for key in object_keys])
 
     await context.store.run(work)
@@ -186,5 +191,6 @@ async def _look(tx: Transaction, object_keys: Sequence[str], lock: Lock) -> _Obj
     claims = await _claims(tx, claim_ids, lock)
     intents = {row.object_key: row for row in await tx.select(t.UPLOAD_INTENTS, of_keys, lock=lock)}
     deletions = {row.object_key: row for row in await tx.select(t.DELETIONS, of_keys, lock=lock)}
+    # Last, under the locks of the intents: a registration that held them has committed and is seen.
     totals = await tx.totals(t.SEGMENTS, of_keys, by=("object_key",))
     return _ObjectRows(claims=claims, intents=intents, deletions=deletions, referenced={row.group[0] for row in totals})

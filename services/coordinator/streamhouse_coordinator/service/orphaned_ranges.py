@@ -42,6 +42,7 @@ async def _recover(tx: Transaction, context: Context, topic_ids: Sequence[str]) 
     unclean_after_ms = {
         row.topic_id: row.unclean_recovery_after_ms for row in topics if row.unclean_recovery_after_ms is not None
     }
+    # Locked: a registration in an orphaned range either commits before, or finds the range lost.
     ranges = await tx.select(t.RANGES, where(ORPHANED_RANGES, topic_id=In(unclean_after_ms)), lock="wait")
     now_ms = await tx.now_ms()
     due = [sessions.lose_unclean(row, unclean_after_ms[row.topic_id], now_ms) for row in ranges]
@@ -82,6 +83,7 @@ async def _lose(tx: Transaction, context: Context, ranges: Collection[t.RangeRow
     keys = {(event.topic_id, event.partition, event.epoch) for event in lost}
     # The rows were read before the events: their status is changed here as the events change it.
     gone = {row.key: replace(row, status=t.LOST) for row in ranges if row.key in keys}
+    # Locks leases before the claims below, as the holder of the cluster lock may.
     await commit_leadership(tx, context.settings, list[Event](lost))
     done = await _emptied_buffers(tx, gone)
     await tx.append([BufferCompleted(row.buffer_id, row.agent_id) for row in done])

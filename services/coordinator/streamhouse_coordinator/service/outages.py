@@ -30,6 +30,7 @@ async def was_outage(tx: Transaction, sweep_interval_ms: int) -> bool:
     """Returns True if the last sweep is more than MISSED_SWEEPS intervals ago: leases that ran out since have to be
     extended, not ended."""
     rows = await tx.select(t.SWEEPS, where(name=SWEEP))
+    # Without a row there was no sweep yet: a new database.
     return bool(rows) and await tx.now_ms() - rows[0].last_ms > MISSED_SWEEPS * sweep_interval_ms
 
 
@@ -53,6 +54,7 @@ async def extend_leases_after_outage(store: Store, sweep_interval_ms: int) -> in
 
 
 async def _moved(tx: Transaction, away_ms: int) -> list[RowOp]:
+    # Locked, and read after the locks: a heartbeat in this moment is either extended as well, or comes after.
     leases = await tx.select(t.SESSION_LEASES, lock="wait")
     members = await tx.select(t.GROUP_MEMBER_STATE, lock="wait")
     ops: list[RowOp] = [

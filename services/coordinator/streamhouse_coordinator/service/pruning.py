@@ -64,6 +64,7 @@ async def _needs(tx: Transaction, context: Context) -> Needs:
     return Needs(
         before_ms=now_ms - settings.events_retention_ms,
         up_to=await tx.position() - settings.events_kept_min,
+        # A relay that has not run for outbox_retention_ms keeps no events any more; seen_ms 0 means that none ever ran.
         published=outbox.position if outbox.seen_ms >= max(1, unpublished_before_ms) else None,
         unpublished_before_ms=unpublished_before_ms,
     )

@@ -110,6 +110,7 @@ async def look(tx: Transaction) -> ReachState | None:
     cut_offs = {row.agent_id: row for row in await tx.select(t.CUT_OFFS)}
     if not reports and all(row.reachable_ms for row in cut_offs.values()):
         return None
+    # By leases, not sessions: the report of a dead worker must not count until a sweep ends its session.
     live = {row.session_id for row in await tx.select(t.SESSION_LEASES, where(expires_ms=Above(await tx.now_ms())))}
     roles = In((INGEST, *reach.WORKERS))
     sessions = await tx.select(t.SESSIONS, where(role=roles), order=("agent_id",))

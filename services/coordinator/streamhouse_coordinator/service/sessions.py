@@ -91,19 +91,23 @@ async def open_session(
     async def work(tx: Transaction) -> OpenedSession:
         now_ms = await tx.now_ms()
         histories = await tx.select(t.HISTORIES, order=("nth",))
+        # Before any change: metadata without the events that a log has seen would take its ranges for deleted ones.
         check_seen(histories, await tx.position(), seen)
         if opened.role == sessions.INGEST:
             await rollback_detection.check(tx, rollback_detection.COORDINATOR)
         if not seen.history_id and len(histories) == 1:  # after a restore, unknown ranges are inserted
             await _check_log(tx, histories[0], declared)
+        # A retry after a lost answer. Opened once more, the session would supersede itself and lose its new grants.
         if rows := await tx.select(t.SESSIONS, where(session_id=session_id)):
             until_ms = now_ms + context.settings.session_ttl_ms
             return await _reopened(tx, sessions.reopened(rows[0], opened), until_ms, histories[-1])
         wal_ends, recovered = declared, list[str]()
         event = replace(opened, started_ms=now_ms)
         others = await _others(tx, opened)
+        # Leases before ranges: against the lock order, which the holder of the cluster lock may do for leases.
         live = await _live(tx, [row.session_id for row in others], now_ms)
         ranges_to_split: list[RangeRowKey] = []
+        # Only restored metadata can lack topics and epochs that a log knows.
         if opened.wal_id and len(histories) > 1:
             recovered = await after_restore.recover_topics(tx, declared, context.settings.partitions_per_topic_max)
             ranges_to_split = await after_restore.ranges_to_split(tx, declared)
@@ -135,6 +139,7 @@ async def open_session(
             if wal_ends.torn:
                 orphaned = [replace(row, status=t.ORPHANED) for row in own]
                 await tx.append(sessions.settle_all(orphaned, wal_ends, known, session_id))
+            # After _known, which reads the acknowledged ends from these buffers.
             await _drop_buffers(tx, opened.wal_id, now_ms)
             await _keep_snapshots(tx, [row.key for row in own], wal_ends)
         else:
@@ -149,6 +154,7 @@ async def open_session(
         )
 
     try:
+        # Under the cluster lock for every role: two processes with the same id have to see each other.
         return await change_leadership(context, work)
     except MetadataWentBack as error:
         # In a transaction of its own: the transaction that failed is rolled back.
@@ -258,6 +264,7 @@ async def _extended(context: Context, session_id: str, low_ranges: Mapping[Range
         width = context.settings.range_width_offsets
         wider = [sessions.extend(row, low_ranges[key], width) for key, row in own.items()]
         await tx.append([event for event in wider if event is not None])
+        # Read again, because append has applied the extensions to the rows.
         rows = await ranges_by_key(tx, own.keys())
         topics = await _topics_of(tx, rows.values())
         # The leader of a range knows its producers, and the answer has to fit into a message.
@@ -300,6 +307,8 @@ async def get_grants(
         leases = await tx.select(t.SESSION_LEASES, where(session_id=session_id))
         ranges = await (_ranges_among(tx, session.wal_id, only) if only else _ranges_to_grant(tx, session.wal_id))
         grants = await _with_topics(tx, ranges)
+        # Segmenters do not reach a cut-off agent, so a move that waits for registration would never end (decision
+        # 0012).
         if session_id in await cut_off_sessions(tx):
             grants = [replace(grant, at_once=grant.range.moving) for grant in grants]
         return (leases[0].grants_version if leases else 0), grants, await tx.position()
@@ -424,6 +433,7 @@ async def settle_ranges(context: Context, session_id: str, declared: sessions.Wa
     async def work(tx: Transaction) -> None:
         session = await live_session(tx, session_id)
         rows = await ranges_by_key(tx, declared.ends.keys(), lock="wait")
+        # The announced ends are read under the locks of the ranges, so no registration is in between.
         events = sessions.settle(session, rows, declared.ends, await _known(tx, rows))
         if events:
             await commit_leadership(tx, context.settings, list[Event](events))
@@ -473,6 +483,7 @@ async def _end(tx: Transaction, context: Context, session_ids: Sequence[str], wh
         events += sessions.end_session(row, held, durable, why)
     await buffers.free_claims(tx, [row.agent_id for row in rows if row.role == sessions.SEGMENTER])
     await tx.apply([Remove(t.SESSION_LEASES, {"session_id": session_id}) for session_id in session_ids])
+    # Workers lead nothing: their end leaves every share as it is.
     if any(row.role == sessions.INGEST for row in rows):
         await commit_leadership(tx, context.settings, events)
     else:

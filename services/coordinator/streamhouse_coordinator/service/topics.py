@@ -25,6 +25,7 @@ async def create_topic(context: Context, command: TopicCreated) -> t.TopicRow:
 
     async def work(tx: Transaction) -> t.TopicRow:
         same_name = await tx.select(t.TOPICS, where(topic=command.topic))
+        # The cluster lock keeps other creations out, so the count and the name hold until the commit.
         count = (await tx.totals(t.TOPICS, where()))[0].count
         asked = replace(command, topic_id=topic_id, created_ms=await tx.now_ms())
         event = topics.create(asked, same_name, count, settings.topics_max)
@@ -55,12 +56,14 @@ async def delete_topic(context: Context, name: str) -> str:
     UnknownTopic."""
 
     async def work(tx: Transaction) -> str:
+        # Waits for commits of offsets, which share the row; those that come later find no topic.
         topic = await topic_named(tx, name, lock="wait")
         of_topic = where(topic_id=topic.topic_id)
         # Locked before the removal, so that no registration is under way in the topic.
         await tx.select(t.RANGES, of_topic, lock="wait")
         await tx.select(t.PARTITIONS, of_topic, lock="wait")
         await commit_leadership(tx, context.settings, [TopicDeleted(topic.topic_id, name, await tx.now_ms())])
+        # State is no projection, so the event does not remove it.
         state = (t.PRODUCER_SNAPSHOTS, t.LOST_SPANS, t.COMPACTION_CLAIMS, t.GROUP_OFFSETS)
         await tx.apply([Remove(table, {"topic_id": topic.topic_id}) for table in state])
         return topic.topic_id

@@ -172,6 +172,7 @@ def _topic_metadata(
     for row in partitions:
         if row.topic_id == topic.topic_id:
             last = newest.get((row.topic_id, row.partition))
+            # Clients get no leader whose lease has run out: it may be gone, and the next is not granted yet.
             led = last is not None and last.status == t.OPEN and last.session_id in addresses
             leaders.append(
                 pb.LeaderInfo(
@@ -344,6 +345,7 @@ async def _segment_parts(
 ) -> AsyncIterator[pb.SnapshotPart]:
     after = -1
     while True:
+        # Pages by offset: a page costs the same wherever it begins.
         some = where(topic_id=row.topic_id, partition=row.partition, base_offset=Above(after))
         segments = await tx.select(t.SEGMENTS, some, order=("base_offset",), limit=SNAPSHOT_SEGMENTS)
         if not segments:
