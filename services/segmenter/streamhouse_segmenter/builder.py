@@ -83,6 +83,8 @@ class ObjectBuilder:
         agent = self._ports.ingest_at(self._claim.address)
         for slice_ in slices:
             room_bytes = self._settings.segment_build_bytes_max - target.size_bytes
+            # Notes whether the agent answers: a leader that several workers cannot reach loses its partitions (decision
+            # 0012).
             with self._ports.agents.calling(self._claim.agent_id, self._claim.address):
                 built = await self._build_segment(agent, slice_, room_bytes)
             target.append(slice_.topic, str(self._ports.new_uuid()), built)
@@ -108,10 +110,12 @@ class ObjectBuilder:
         )
         async for response in each_within(responses, self._settings.rpc_timeout_ms, self._claim.address):
             received_bytes = sum(map(len, response.batches))
+            # Before the builder takes them: the announced size is the word of another process.
             if builder.size_bytes + received_bytes > room_bytes:
                 limit = self._settings.segment_build_bytes_max
                 raise BuildTooLarge(f"{describe(slice_)}: more than segment_build_bytes_max = {limit} bytes")
             telemetry.pulled_bytes.add(received_bytes)
+            # In a thread, since CRC and compression of a batch would keep the loop from renewing claims.
             await asyncio.to_thread(_add, builder, progress, response.batches)
         progress.finish()
         return await asyncio.to_thread(builder.finish)
@@ -128,6 +132,7 @@ async def each_within(items: AsyncIterator[ItemT], timeout_ms: int, address: str
     try:
         while True:
             try:
+                # For each item: a large slice may take long as a whole, and a silent agent shows between two items.
                 async with asyncio.timeout(timeout_ms / 1000):
                     item = await anext(items)
             except StopAsyncIteration:
@@ -136,6 +141,7 @@ async def each_within(items: AsyncIterator[ItemT], timeout_ms: int, address: str
                 raise Unavailable(f"no answer from {address} within {timeout_ms} ms", address=address) from error
             yield item
     finally:
+        # Ends the call at the agent, too, which would go on sending to a reader that is gone.
         close = getattr(items, "aclose", None)
         if close is not None:
             await close()

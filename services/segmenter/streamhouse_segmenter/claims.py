@@ -39,6 +39,7 @@ async def hold_claim(
     try:
         await asyncio.wait((working, renewing), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
+            # Raises ClaimLost. Without an error the work itself has ended the claim, and its answer is under way.
             renewing.result()
             await asyncio.wait((working,))
         return working.result()
@@ -52,6 +53,8 @@ async def _renew(ports: Ports, claim_id: str, ttl_ms: int, ends_it: Callable[[],
     expires_ms = clock.monotonic_ms() + ttl_ms
     while True:
         await clock.sleep_ms(ttl_ms / RENEWALS_PER_TTL)
+        # Before the call: the coordinator counts from a later moment, so this side never believes in a claim for too
+        # long.
         asked_ms = clock.monotonic_ms()
         try:
             await ports.coordinator.renew_claim(

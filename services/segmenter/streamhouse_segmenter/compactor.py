@@ -72,6 +72,7 @@ class Compactor:
             if not claim.found:
                 break
             merged = await self._compact(claim)
+            # Most failures, as of the store, would meet the next claim as well; the next run looks again.
             if not merged:
                 break
             replaced += merged
@@ -100,6 +101,7 @@ class Compactor:
             level = logging.ERROR if needs_somebody else logging.WARNING
             log.log(level, "compaction given back: %s", error)
             telemetry.failures.add(1, {"reason": "compaction"})
+            # The same segments would be claimed again at once, and fail in the same way.
             retry_ms = self._settings.compaction_interval_ms
             await release_claim(self._ports, claim.claim_id, reason=str(error), retry_after_ms=retry_ms)
         return 0
@@ -129,6 +131,7 @@ class Compactor:
         return replaced
 
     async def _merge(self, segments: Sequence[types_pb2.SegmentRef]) -> BuiltSegment:
+        # The last epoch: no block may have a higher one than its segment. Blocks keep their own epochs.
         last = segments[-1]
         builder = SegmentBuilder(
             last.topic_id, last.partition, last.epoch, block_bytes_target=self._settings.block_bytes_target
@@ -164,6 +167,7 @@ class Compactor:
             return await self._ports.store.get(segment.object_key, at=segment.object_at + at, size_bytes=size_bytes)
 
         header, index = await run_plan_async(open_segment(segment.size_bytes), read)
+        # Before a byte is copied: the object may hold another segment than the registered.
         check_source(segment, header)
         for blocks in _read_together(index, len(index)):
             body = await read(blocks[0].at, blocks[-1].at + blocks[-1].size_bytes - blocks[0].at)
@@ -182,6 +186,7 @@ class Compactor:
                 log.warning("compaction: registration to be repeated: %s", error)
             return not error.retriable
 
+        # Repeated with the same segment id: if the first try has committed, the answer is REGISTERED again.
         response = await retry(
             lambda: self._ports.coordinator.register_compaction(request),
             backoff,

@@ -116,6 +116,7 @@ class Drain:
                     break
                 running = await self._collect(running, report, idle=started is None)
         except asyncio.CancelledError:
+            # Not awaited here: the finally below awaits every task.
             for task in running:
                 task.cancel()
             raise
@@ -144,6 +145,7 @@ class Drain:
         if (
             self._closing.is_set()
             or not await self._store_probe.wait_until_available(self._closing)
+            # Last: the session may be lost while the store is asked.
             or not self._may_claim()
         ):
             return None
@@ -170,6 +172,8 @@ class Drain:
         self, running: set[asyncio.Task[HandoverResult]], report: DrainReport, *, idle: bool
     ) -> set[asyncio.Task[HandoverResult]]:
         """Returns the tasks still running. Waits if there is nothing to claim or too many wait for registration."""
+        # Uploaded buffers wait for earlier ones without a slot: without this limit a stuck range would collect them
+        # all.
         if len(running) >= self._settings.registrations_waiting_max + self._settings.builds_in_flight_max:
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         elif idle:

@@ -94,11 +94,13 @@ class Handover:
 
     def _ends_claim(self) -> bool:
         """True if the claim, which is over, may have been ended by the registration of the buffer's last segment."""
+        # hold_claim asks only once a renewal was refused, so the claim is over for certain.
         self._claim_over = True
         return self._objects_left == 0 and (self._unanswered or not self._early)
 
     async def _work(self, built: Callable[[], None]) -> None:
         plan = plan_objects(self._claim.slices, self._settings.slices_together_bytes)
+        # All keys are drawn before the first build, so a single call declares every object of the buffer.
         objects = {self._builder.new_key(slices): slices for slices in plan}
         self._objects_left = len(objects)
         # While the first object is being built: the declaration costs no time.
@@ -110,6 +112,7 @@ class Handover:
                 await self._store(key, slices, declaring)
         finally:
             await cancel_and_wait(declaring)
+        # The objects are freed: the next build may have the memory while this buffer waits for its predecessors.
         built()
         await self._register_early()
         await release_claim(self._ports, self._claim.claim_id)
@@ -118,6 +121,7 @@ class Handover:
         """Builds and uploads an object. A function of its own, so that the object is freed after the upload:
         registration may have to wait for long."""
         target = await self._build(key, slices)
+        # Not before the answer: an object without a declaration is an orphan, which a sweep may delete (decision 0007).
         await declaring
         await self._upload(target)
 
@@ -173,6 +177,7 @@ class Handover:
             if self._ports.clock.monotonic_ms() >= wait_until_ms:
                 raise RegistrationLate(f"{len(self._early)} segments still early, first: {_span(self._early[0])}")
             await self._ports.clock.sleep_ms(backoff.next_ms())
+            # Taken before the call, which appends the segments that stay early.
             waiting, self._early = self._early, []
             await self._offer(waiting)
 
@@ -189,6 +194,7 @@ class Handover:
         answered = list(zip(segments, response.results, strict=True))
         for segment, result in answered:
             _count(segment, result)
+        # The buffer is built again under a new key: in an object whose deletion has begun nothing is ever registered.
         if withdrawn := [segment for segment, result in answered if result == WITHDRAWN]:
             raise UploadWithdrawn(f"{withdrawn[0].object_key} is being deleted: registered too late")
         return still_early(segments, response.results)
@@ -206,6 +212,7 @@ class Handover:
             exc_info=error if why == "defect" else None,
         )
         telemetry.failures.add(1, {"reason": why})
+        # A refusal lasts until an operator acts, so the back-off of a passing failure would only fill the log.
         wait_ms = self._settings.handover_refused_retry_ms
         if why != "refused":
             wait_ms = retry_after_ms(
@@ -237,6 +244,7 @@ def _why(error: Exception) -> str:
         (SliceMismatch, "mismatch"),
         (BuildTooLarge, "mismatch"),
         (FormatError, "format"),
+        # Before StoreError, of which these are subclasses: the first match counts.
         *((refusal, "refused") for refusal in REFUSALS),
         (StoreError, "store"),
         (RegistrationLate, "early"),

@@ -59,6 +59,7 @@ class Segmenter:
         Raises StreamHouseError.
         """
         removed = await self._ports.coordinator.apply_retention(coordinator_pb2.ApplyRetentionRequest())
+        # Objects are left to the sweep: readers may have the removed segments in their plans.
         if removed.segments_removed:
             telemetry.retired_segments.add(removed.segments_removed)
             telemetry.retired_bytes.add(removed.bytes_removed)

@@ -48,6 +48,7 @@ class StoreProbe:
         stopping = asyncio.create_task(closing.wait(), name="wait for the end")
         try:
             await asyncio.wait((asking, stopping), return_when=asyncio.FIRST_COMPLETED)
+            # Also if both are done: the answer decides, not the order in which they are seen.
             if asking.done():
                 asking.result()
         except StoreError as error:

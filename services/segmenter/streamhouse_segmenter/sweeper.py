@@ -103,6 +103,7 @@ class OrphanSweeper:
         if history.refused:
             telemetry.sweeps_refused.add(1)
             return SweepReport(refused=history.refused)
+        # After a restore, objects that it left out may be needed once more: for a second restore with other options.
         if not self._settings.orphan_dry_run and self._ports.clock.wall_ms() < history.mark.sweep_from_ms:
             log.info("no orphan sweep yet: the metadata was restored not long ago (docs/backup.md)")
             return SweepReport(resting_until_ms=history.mark.sweep_from_ms)
@@ -126,6 +127,7 @@ class OrphanSweeper:
     async def mark_history(self) -> None:
         """Marks in the store the position of the metadata's history, unless it went back. Raises as `run`."""
         head = await self._ports.coordinator.get_head(coordinator_pb2.GetHeadRequest())
+        # The mark in the store names this event already.
         if head.events_position == self._marked:
             return
         marked = await self._ports.coordinator.mark_history(coordinator_pb2.MarkHistoryRequest())
@@ -142,6 +144,7 @@ class OrphanSweeper:
         page: list[StoredObject] = []
         async for info in self._ports.store.list(prefix):
             item = StoredObject(info.key, info.size_bytes, info.modified_ms)
+            # By the clock of this machine, to ask less: the coordinator decides with its own times (decision 0007).
             page += old_enough([item], now_ms=self._ports.clock.wall_ms(), grace_ms=self._settings.orphan_grace_ms)
             if len(page) == PAGE_KEYS:
                 yield page
@@ -152,6 +155,7 @@ class OrphanSweeper:
     async def _sweep_page(self, page: Sequence[StoredObject], report: SweepReport) -> list[Orphan]:
         judged = judge(page, await self._begin([item.key for item in page]))
         report.in_upload += judged.declared
+        # Uploads under way are not part of the log yet, and may be within moments.
         if judged.declared:
             telemetry.deletions_refused.add(judged.declared, {"reason": "in_upload"})
         if self._settings.orphan_dry_run:
@@ -183,6 +187,7 @@ class OrphanSweeper:
                 telemetry.deletions_refused.add(refused, {"reason": "referenced"})
             begun = [item.object_key for item in said if item.verdict == coordinator_pb2.DELETION_VERDICT_BEGUN]
             deleted = await self._delete(begun)
+            # Keys that the store keeps refusing are listed again and again.
             if not deleted:
                 break
             report.cleared += len(deleted)
@@ -204,6 +209,7 @@ class OrphanSweeper:
         others: it stays begun, and the next sweep tries again. Raises StoreError, as `run`, if the store refuses the
         call as a whole: an operator has to mend that, and every other key would be refused as well.
         """
+        # The store first: a deletion that stays begun is repeated, an object without its row would be noticed anew.
         deleted = await self._delete_from_store(begun) if begun else []
         if deleted:
             await self._ports.coordinator.finish_deletion(coordinator_pb2.FinishDeletionRequest(object_keys=deleted))
@@ -236,6 +242,7 @@ class OrphanSweeper:
         head = await self._ports.coordinator.get_head(coordinator_pb2.GetHeadRequest(event_position=mark.position))
         if mark is NO_MARK:
             return HistoryCheck(mark, _missing(head))
+        # A coordinator that ignores event_position answers without an event: every mark would look like a rollback.
         if not head.HasField("pruned_position"):
             raise Unavailable("the coordinator is of an older version, which is not asked about history marks")
         current = HistoryMark.of(head.event) if head.HasField("event") else None

@@ -37,6 +37,8 @@ class SegmenterService:
         """Starts the drivers. `address`: where this process listens, for a session of its own; empty: it runs in the
         coordinator's process."""
         if address:
+            # Before the tasks: from now on may_work() is False until a session is open, so nothing is claimed without
+            # it.
             self.session.start(address)
             types = BUFFERS_AND_WORKERS if self.follow_feed else WORKERS
             self.tasks.spawn(
@@ -130,7 +132,9 @@ async def run(settings: SegmenterSettings) -> None:
         peers = Peers(settings.bootstrap, settings.rpc_timeout_ms, context.telemetry)
         context.close_at_end(peers.close)
         segmenter = build(settings, peers.coordinator, store, peers.ingest)
+        # RabbitMQ gives each notice to a single worker; the feed wakes all of them for the same buffer.
         segmenter.follow_feed = not settings.amqp_url
         return _Process(segmenter=segmenter, settings=settings)
 
+    # Without a grace: the only calls are health checks.
     await service.run(settings, over_network, call_grace_ms=0)

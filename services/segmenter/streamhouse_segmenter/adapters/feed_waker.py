@@ -32,12 +32,14 @@ async def follow_events(ports: Ports, types: Sequence[str], wake: Callable[[], N
             log.debug("the event feed ended")
         except StreamHouseError as error:
             log.info("the event feed broke, the periodic scan goes on: %s", error)
+        # Also after a feed that ended without an error, as of a coordinator that stops.
         await ports.clock.sleep_ms(backoff.next_ms())
 
 
 async def _follow(
     ports: Ports, types: Sequence[str], wake: Callable[[], None], session_token: str, backoff: Backoff
 ) -> None:
+    # Before the wake: a buffer sealed in between is found by the scan, or its notice is on the feed.
     head = await ports.coordinator.get_head(coordinator_pb2.GetHeadRequest())
     wake()  # for buffers sealed while the stream was down
     feed = ports.coordinator.follow_events(

@@ -53,6 +53,7 @@ class LoopWorker:
         self._awake.set()
         try:
             async with asyncio.timeout(self._settings.shutdown_timeout_ms / 1000):
+                # Drains of nameko handlers included: their claims would run out only after claim_ttl_ms.
                 await self._segmenter.wait_idle()
         except TimeoutError:
             log.warning("buffers in hand are left to others after shutdown_timeout_ms")
@@ -60,12 +61,14 @@ class LoopWorker:
 
     async def _scan(self) -> None:
         while not self._stopping.is_set():
+            # Before the drain: a wake during the drain starts the next scan at once.
             self._awake.clear()
             wait_ms = self._settings.scan_interval_ms
             try:
                 report = await self._segmenter.drain()
             except StreamHouseError as error:
                 log.warning("cannot look for buffers: %s", error)
+            # A defect must not end the scan: without it, work whose event was lost is never found.
             except Exception:
                 log.exception("the scan failed by a defect, again in %d ms", wait_ms)
             else:

@@ -83,6 +83,7 @@ NO_MARK = HistoryMark(position=0, stream_id="", version=0, type="", created_ms=0
 def went_back(mark: HistoryMark, current: HistoryMark | None, head: coordinator_pb2.GetHeadResponse) -> str:
     """Returns why the feed is not the feed that `mark` was taken from, or an empty text. `current`: the event there
     now; `head`: the end of the feed."""
+    # All fields: positions and versions are used again by other events after a rollback.
     if current == replace(mark, sweep_from_ms=0):
         return ""
     there = "is not there" if current is None else f"is another one there ({current.describe()})"

@@ -18,6 +18,7 @@ def data_key(topic: str, topic_id: bytes, partition: int, base_offset: int, epoc
 
     The topic id's digits keep a re-created topic apart, the random part every attempt from every other.
     """
+    # Cut for the limit of the store; the id, not the name, keeps two topics apart.
     name = f"{topic[:TOPIC_CHARS_MAX]}.{topic_id.hex()[:8]}"
     return f"{DATA_PREFIX}{name}/{partition}/{base_offset:0{OFFSET_DIGITS}d}-{epoch}-{random_hex}.seg"
 

@@ -61,6 +61,7 @@ class SliceProgress:
         for header in headers:
             self._must("epoch", self.slice.epoch, header.epoch)
             self._must("base offset", self.next_offset, header.base_offset)
+            # Offsets inside a range have no gaps, so a batch with fewer records than offsets is damaged or foreign.
             self._must("offsets of a batch", header.record_count, header.end_offset - header.base_offset)
             if header.end_offset > self.slice.end_offset:
                 self._must("end offset", self.slice.end_offset, header.end_offset)

@@ -59,6 +59,7 @@ def judge(page: Sequence[StoredObject], answer: coordinator_pb2.BeginDeletionRes
     orphans: list[Orphan] = []
     declared = 0
     for item, said in zip(page, answer.objects, strict=True):
+        # A verdict about another object would delete this object, so the order of the answer is checked.
         if said.object_key != item.key:
             raise ValueError(f"asked about {item.key!r}, the answer is about {said.object_key!r}")
         declared += said.verdict == coordinator_pb2.DELETION_VERDICT_DECLARED
