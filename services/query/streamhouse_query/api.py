@@ -76,12 +76,16 @@ class QueryApi:
 
         Raises InvalidArgument; the failure of a partition is in its last response.
         """
+        # A stream that ends without a message is answered as a request without positions: with InvalidArgument.
         request = await anext(requests, query_pb2.SubscribeRequest())
         self._check_positions(request)
+        # Per connection, because many consumers of a process share a connection.
         with self._connections.budget(caller_connection()) as shared:
             subscription = Subscription(
                 self._reads,
                 [self._source(request, position) for position in request.positions],
+                # The own budget first: a subscription that waits for its own bytes must not hold bytes of the
+                # connection.
                 budgets=(ByteBudget(self._settings.subscribe_buffer_bytes), shared),
                 heartbeat_ms=self._settings.subscribe_heartbeat_ms,
             )
@@ -95,6 +99,7 @@ class QueryApi:
         Raises InvalidArgument, UnknownTopic, UnknownPartition, DataLoss; Unavailable if an answer would be a guess.
         """
         _check("lookups", len(request.lookups), 0, self._settings.subscribe_positions_max)
+        # For each request: a large request must not keep the look-ups of others waiting.
         slots = asyncio.Semaphore(LOOKUPS_AT_ONCE)
 
         async def one(lookup: query_pb2.OffsetLookup) -> query_pb2.LookedUpOffset:
@@ -153,6 +158,7 @@ class QueryApi:
                 name = f"{position.topic}/{position.partition}"
                 raise InvalidArgument(f"positions has {name} twice", field="positions", value=name)
             seen.add((position.topic, position.partition))
+            # The client gives back the bytes of batches that it was sent; records in plain form have no such sizes.
             if position.HasField("window_bytes") and request.format == query_pb2.FETCH_FORMAT_RECORDS:
                 raise InvalidArgument(
                     "window_bytes counts encoded batches, and format is records (2): leave one of them out",
@@ -165,6 +171,7 @@ class QueryApi:
         def refuse(error: StreamHouseError) -> query_pb2.FetchResponse:
             return query_pb2.FetchResponse(topic=position.topic, partition=position.partition, error=error.to_detail())
 
+        # Called by the subscription, so that an error of a partition ends the partition alone, in its last response.
         async def resolve() -> Want:
             _check("offset", position.offset, 0, INT64_MAX)
             _check_topic_id(position.topic_id)
@@ -202,6 +209,7 @@ class QueryApi:
             async with asyncio.timeout(tell_after_ms / 1000) as guard:
                 return await answer
         except TimeoutError:
+            # The look-up itself has timed out, not the time until the caller has to be answered.
             if not guard.expired():
                 raise
         trouble = self._reads.store_trouble() or "the object store, or an agent, does not answer"
@@ -212,6 +220,7 @@ class QueryApi:
     async def _respond(self, want: Want, fetched: Fetched, form: int) -> query_pb2.FetchResponse:
         self._counters.fetches += 1
         self._counters.fetched_bytes += fetched.size_bytes
+        # Bytes as stored, also for the plain form: rates of topics stay comparable between readers.
         self._topic_bytes.add(want.topic, fetched.size_bytes)
         response = query_pb2.FetchResponse(
             topic=want.topic,
@@ -226,6 +235,7 @@ class QueryApi:
             return response
         make = partial(plain_records, fetched.batches, want.offset, fetched.next_offset, want.bytes_max)
         try:
+            # Small responses are made at once: the hop to a thread would cost more than the work.
             if fetched.decoded_bytes <= INLINE_BYTES_MAX:
                 records, response.next_offset = make()
             else:
@@ -267,6 +277,7 @@ def _check_format(form: int) -> None:
 def _tell_after_ms() -> float | None:
     """Returns the ms until the caller must be answered; None without a deadline."""
     left_ms = time_left_ms()
+    # A quarter of a short deadline, so that a caller with little patience is still answered in time.
     return None if left_ms is None else left_ms - min(TELL_BEFORE_MS, left_ms / 4)
 
 

@@ -58,6 +58,7 @@ class QueryService:
 
         Raises CacheDirError.
         """
+        # Before the session: a directory that cannot be used ends the process while no client knows its address.
         await self._disk.open()
         await self._follower.load()
         self._session.start(address)
@@ -79,9 +80,12 @@ class QueryService:
 
     async def stop(self) -> None:
         """Ends long polls and subscriptions with ShuttingDown, gives the session back. Safe after a failed start."""
+        # First: waiting calls end with ShuttingDown, and their clients go on elsewhere while the rest stops.
         self._index.close()
         await self.tasks.stop()
+        # After the tasks: a heartbeat would find the session closed and open another.
         await self._session.close()
+        # Caches last: downloads, which are tasks, write to them until they have ended.
         if self._redis is not None:
             await self._redis.close()
         self._disk.close()
@@ -125,6 +129,7 @@ def build(
         catch_up_ms=settings.catch_up_ms,
         clock=clock,
         counters=counters,
+        # The store repeats silently: without its trouble a caller would hear of a time-out, not of its cause.
         store_trouble=lambda: store.trouble if isinstance(store, RetryingStore) else "",
     )
     session = SessionKeeper(coordinator, clock, agents, role="query", agent_id=settings.agent_id)
@@ -150,6 +155,7 @@ def build(
         },
     )
     api = QueryApi(reads, disk, settings)
+    # Only where metrics are exported: each look at the lag is a call to the coordinator for every group.
     measuring = {"group lag": lags.run, "free space of the cache's disk": space.run} if settings.is_measured else {}
     return QueryService(
         api=api,
@@ -189,6 +195,7 @@ async def run(settings: QuerySettings) -> None:
     def over_network(context: ServiceContext) -> QueryService:
         store = configured_store(settings)
         context.close_at_end(store.close)
+        # Before the index is loaded: a service that cannot read must not be found by clients.
         context.wait_for(store.wait_until_usable)
         peers = Peers(settings.bootstrap, settings.rpc_timeout_ms, context.telemetry)
         context.close_at_end(peers.close)

@@ -29,6 +29,7 @@ def plain_records(
     plain: list[types_pb2.Record] = []
     for batch in batches:
         records = decode_batch(batch)
+        # The first batch may begin before the offset, as batches are served whole.
         first = int(np.searchsorted(records.offsets, offset))
         sizes = _sizes(records)
         stop = _stop(sizes, first, bytes_max, RECORDS_MAX - len(plain), at_least_one=not plain)
@@ -41,6 +42,7 @@ def plain_records(
 
 def _sizes(records: Records) -> NDArray[np.int64]:
     """Returns the cumulative bytes of records: before each, and of all."""
+    # Over columns, because a server path has no loop over single records.
     sizes = np.zeros(len(records) + 1, np.int64)
     sizes[1:] = records.keys.ends + records.values.ends
     if records.headers is not None:
@@ -56,6 +58,7 @@ def _stop(sizes: NDArray[np.int64], first: int, bytes_max: int, count_max: int, 
     count = len(sizes) - 1
     fits = int(np.searchsorted(sizes[1:], int(sizes[first]) + bytes_max, side="right"))
     stop = min(fits, first + count_max, count)
+    # A record larger than the limit is served alone: otherwise its reader would never get past it.
     return max(stop, first + 1) if at_least_one and first < count else max(stop, first)
 
 
