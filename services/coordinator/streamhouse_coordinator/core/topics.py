@@ -132,8 +132,3 @@ def check_partition(topic: TopicRow, partition: int) -> None:
             partition=partition,
             partitions=topic.partitions,
         )
-
-
-def durable(topic: TopicRow) -> bool:
-    """Returns True if only records in the object store are acknowledged."""
-    return topic.min_acks == ACKS_DURABLE
