@@ -79,7 +79,7 @@ async def answers(server: RpcServer) -> None:
 
 
 async def test_g7_connections_beyond_the_limit_of_all_are_closed_and_silent_ones_time_out() -> None:
-    async with serving(connections_max=5, handshake_timeout_ms=1_000) as server:
+    async with serving(connections_max=5, handshake_timeout_ms=5_000) as server:
         with silent(server, 20) as opened:
             await until_open(opened, 5)
             await until_open(opened, 0)

@@ -17,7 +17,7 @@ def settings(directory: object, **overrides: Any) -> IngestSettings:
     values: dict[str, Any] = {
         "wal_dir": str(directory),
         "agent_id": "agent-1",
-        "shutdown_timeout_ms": 2000,
+        "shutdown_timeout_ms": 60_000,
         "retry_first_ms": 5,
         "retry_max_ms": 20,
         "lease_margin_ms": 100,

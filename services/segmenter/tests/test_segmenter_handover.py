@@ -39,8 +39,8 @@ SETTINGS = SegmenterSettings(
     handover_retry_max_ms=2,
     early_retry_first_ms=1,
     early_retry_max_ms=5,
-    early_wait_ms_max=5_000,
-    rpc_timeout_ms=1_000,
+    early_wait_ms_max=60_000,
+    rpc_timeout_ms=30_000,
 )
 
 
@@ -495,7 +495,7 @@ async def test_g7_what_could_not_be_uploaded_is_freed_at_once(world: World) -> N
 async def test_an_upload_of_unknown_outcome_is_repeated_safely(world: World, kind: FaultKind) -> None:
     await world.seal("b1", world.append(0, [10]))
     faulty = FaultyStore(world.store, ScriptedFaults([kind, kind], operation="put"))
-    retrying = RetryingStore(faulty, RetryPolicy(base_delay_ms=1, deadline_ms=5_000))
+    retrying = RetryingStore(faulty, RetryPolicy(base_delay_ms=1, deadline_ms=60_000))
     report = await segmenter_of(world, store=retrying).drain()
     assert report.registered == 1
     assert len(await world.keys()) == 1

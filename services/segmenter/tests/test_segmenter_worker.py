@@ -90,7 +90,7 @@ async def test_a_failed_buffer_is_tried_again_before_the_next_scan(embedded: Cal
         faulty.append(FaultyStore(memory))
         return faulty[0]
 
-    world = embedded(store=wrap, scan_interval_ms=NEVER_MS, s3_attempts_deadline_ms=1, handover_retry_first_ms=20)
+    world = embedded(store=wrap, scan_interval_ms=NEVER_MS, s3_attempts_deadline_ms=500, handover_retry_first_ms=20)
     faulty[0].down = True
     await world.seal("b1")
     await world.service.start()
