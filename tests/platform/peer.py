@@ -48,8 +48,14 @@ class Peer:
         self.refused: Counter[str] = Counter()
         self.requests: dict[str, list[Any]] = defaultdict(list)
         self.answers: dict[str, list[Any]] = defaultdict(list)
+        self._lost_answers: Counter[str] = Counter()
         self._held_requests: dict[str, Held] = {}
         self._held_answers: dict[str, Held] = {}
+
+    def lose_answers(self, name: str, count: int = 1) -> None:
+        """Loses the next answers of a unary method: the service has done what it was asked for, and the call fails as
+        Unavailable."""
+        self._lost_answers[name] = count
 
     def hold(self, name: str) -> Held:
         """Holds the requests of a unary method on their way to the service, from now on."""
@@ -76,6 +82,9 @@ class Peer:
             answer = await method(request)
             self.requests[name].append(request)
             self.answers[name].append(answer)
+            if self._lost_answers[name]:
+                self._lost_answers[name] -= 1
+                raise Unavailable(f"an answer of {self.name} was lost")
             if name in self._held_answers:
                 await self._held_answers[name].wait(request)
             if name in self.slow_ms:

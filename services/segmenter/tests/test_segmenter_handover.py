@@ -534,20 +534,10 @@ async def test_a_fenced_range_drops_the_segment_and_ends_the_buffer(world: World
 
 async def test_a_lost_answer_to_the_registration_is_asked_again(world: World) -> None:
     await world.seal("b1", world.append(0, [10]))
-    register = world.coordinator.register_segments
-    lost = 3
-
-    async def lose_the_answer(request: c.RegisterSegmentsRequest) -> c.RegisterSegmentsResponse:
-        nonlocal lost
-        response = await register(request)
-        if lost:
-            lost -= 1
-            raise Unavailable("the answer was lost")
-        return response
-
-    world.coordinator.register_segments = lose_the_answer
+    world.coordinator.lose_answers("register_segments", 3)
     report = await segmenter_of(world).drain()
     assert report.registered == 1
+    assert world.coordinator.calls["register_segments"] == 4
     assert len(world.segments) == 1
     await world.check()
 
@@ -555,19 +545,16 @@ async def test_a_lost_answer_to_the_registration_is_asked_again(world: World) ->
 async def test_nothing_is_uploaded_before_it_is_declared(world: World) -> None:
     """G8: with an answer that is lost, and asked for again."""
     await world.seal("b1", world.append(0, [10]))
-    declare, lost = world.coordinator.declare_uploads, True
+    declare = world.coordinator.declare_uploads
+    world.coordinator.lose_answers("declare_uploads")
 
-    async def lose_the_answer(request: c.DeclareUploadsRequest) -> c.DeclareUploadsResponse:
-        nonlocal lost
-        assert [info.key async for info in world.store.list("")] == []
-        response = await declare(request)
-        if lost:
-            lost = False
-            raise Unavailable("the answer was lost")
-        return response
+    async def with_nothing_stored(request: c.DeclareUploadsRequest) -> c.DeclareUploadsResponse:
+        assert await world.keys() == []
+        return await declare(request)
 
-    world.coordinator.declare_uploads = lose_the_answer
+    world.coordinator.declare_uploads = with_nothing_stored
     assert (await segmenter_of(world).drain()).registered == 1
+    assert world.coordinator.calls["declare_uploads"] == 2
     await world.check()
 
 

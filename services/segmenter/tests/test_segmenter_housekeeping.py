@@ -221,18 +221,9 @@ async def test_a_store_that_fails_costs_a_retry() -> None:
 async def test_a_lost_answer_to_the_registration_of_a_compaction_is_asked_again() -> None:
     house = await new_house()
     await house.fill(3)
-    register, lost = house.coordinator.register_compaction, 2
-
-    async def lose_the_answer(request: c.RegisterCompactionRequest) -> c.RegisterCompactionResponse:
-        nonlocal lost
-        response = await register(request)
-        if lost:
-            lost -= 1
-            raise Unavailable("the answer was lost")
-        return response
-
-    house.coordinator.register_compaction = lose_the_answer
+    house.coordinator.lose_answers("register_compaction", 2)
     assert await house.segmenter().compact() == 3
+    assert house.coordinator.calls["register_compaction"] == 3
     await house.check()
 
 
