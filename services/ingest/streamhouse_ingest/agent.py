@@ -185,11 +185,15 @@ class Agent:
         running, self._stopping = self._running, True
         if running is None:
             return
+        # First: a grant that arrives during the drain must not make a log lead again.
         running.ranges.closing = True
         running.writer.refuse(ShuttingDown("the agent is shutting down", retry_after_ms=1000))
+        # After the failure of a task, such as a broken log, nothing more is written or announced: a drain would wait in
+        # vain.
         if self.tasks.error is None:
             await self._drain(running)
         assert self._following is not None, "it runs since the agent does"
+        # Ended before the session is closed: it would take the closed session for a lost one, and open another.
         self._following.cancel()
         await asyncio.wait([self._following])
         await running.session.close()
@@ -215,6 +219,7 @@ class Agent:
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._thread, running.opened.wal.close)
+            # Now that no file is active: a log without unregistered records ends without files.
             await running.trimmer.trim()
         finally:
             running.opened.unlock()

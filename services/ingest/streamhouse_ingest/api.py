@@ -46,6 +46,7 @@ class IngestApi:
             while (item := await in_flight.next()) is not None:
                 yield await _answer(produce, item)
                 self._in_flight.give_back(connection, in_flight.release())
+            # Raises the error that ended the requests, behind all answers.
             await feeder
         finally:
             # The feeder first: it may be about to take more of the connection's bytes.
@@ -62,6 +63,8 @@ class IngestApi:
     ) -> None:
         try:
             async for request in requests:
+                # The stream's own limit first: a stream that waits for its answers must not hold bytes that other
+                # streams of the connection could use.
                 await in_flight.wait_for_room()
                 size_bytes = request.ByteSize()
                 await self._in_flight.take(connection, size_bytes)
@@ -72,6 +75,7 @@ class IngestApi:
                     in_flight.put(_refused(request.topic, request.partition, error))
                 del request  # its copy of the batch would stay in memory until the next request arrives
         finally:
+            # Also after an error of the stream: requests that were accepted are still answered.
             in_flight.close()
 
     async def read_tail(self, request: pb.ReadTailRequest) -> pb.ReadTailResponse:

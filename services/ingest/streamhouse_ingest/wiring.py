@@ -69,6 +69,7 @@ def open_log(settings: IngestSettings) -> OpenedLog:
     """Locks the directory, replays its files and returns the open log. Raises WalDirectoryError, OSError."""
     directory = WalDirectory.open(Path(settings.wal_dir), settings.agent_id)
     try:
+        # Before the replay, which reads the whole log: a damaged note refuses the start at once.
         seen = directory.history()
         replayed = replay_directory(directory, settings.seal_bytes)
     except BaseException:

@@ -67,6 +67,7 @@ class FileWal:
         self._fd = -1
         self._file_end = 0
         self._dirty = False
+        # Set while a note of settled ranges has failed: the next file is not created before the note succeeds.
         self._has_to_settle = False
         self._broken: Exception | None = None
         self.active: int | None = None
@@ -91,11 +92,14 @@ class FileWal:
         positions = _positions(parts, self.active, self.active_bytes)
         if self._fsync_each:
             self._sync()
+        # Moved last: after a failed write `_cut_back` still knows the end of the last whole group.
         self.active_bytes += size_bytes
         return positions
 
     def sync(self) -> None:
         """Makes all groups written so far durable (policy `interval`). Raises WalBroken."""
+        # A broken log is not synced again: the kernel took the failed pages for clean, and a second call would report
+        # success.
         if self._dirty and self._broken is None:
             self._sync()
 
@@ -154,6 +158,8 @@ class FileWal:
                 self._fd, self.active = -1, None
 
     def _make_room(self, size_bytes: int) -> None:
+        # A group stays in one file, also a group larger than wal_file_bytes: a group is written as a whole or not at
+        # all.
         if self.active is not None and self.active_bytes > WAL_FILE_HEADER_SIZE:
             if self.active_bytes + size_bytes <= self._file_bytes:
                 return
@@ -177,10 +183,13 @@ class FileWal:
                 self._directory.mark_unsynced(True)
             if self._ahead_bytes:
                 self._directory.note_space_ahead()
+            # O_EXCL: a file that has this number already may hold acknowledged records.
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, files.PRIVATE_FILE)
             try:
                 if os.write(fd, header) != len(header):
                     raise OSError(errno.ENOSPC, "short write of the file header")
+                # Header and name are durable before the first group: a replay may then take a file that ends within its
+                # header for a file without groups.
                 os.fsync(fd)
                 self._directory.sync()
             except OSError:
@@ -203,6 +212,8 @@ class FileWal:
                 self._write_parts(parts, self.active_bytes)
                 self._file_end = self.active_bytes + size_bytes
         except OSError as error:
+            # Whole frames of a group that was refused must not stay: a replay would count them, and their producers
+            # send them again.
             self._cut_back()
             raise self._failure(error, self._directory.file_path(self._next_sequence - 1)) from error
 
@@ -293,6 +304,7 @@ def _encode(frames: Sequence[Frame], *, mark_group: bool) -> list[bytes]:
 
 
 def _chunks(parts: Sequence[bytes | memoryview]) -> list[Sequence[bytes | memoryview]]:
+    # A system call takes IOV_MAX parts at most, and a group of small batches has more.
     return [parts[i : i + _IOV_MAX] for i in range(0, len(parts), _IOV_MAX)]
 
 
@@ -338,6 +350,7 @@ class FileBatchReader:
             try:
                 self._read_span(span)
             except WalDamaged:
+                # Bits may have flipped in the page cache alone: the disk decides before a batch is given up.
                 self._forget_cached(span)
                 damaged += [position for position in span if not self._can_read(position)]
         return damaged
@@ -370,6 +383,8 @@ class FileBatchReader:
         try:
             data = os.pread(fd, end - start, start)
         except OSError as error:
+            # Only EIO says that the bytes are lost. Any other error, such as a lack of descriptors, says nothing about
+            # the batch.
             if error.errno != errno.EIO:
                 raise
             data = None
@@ -387,6 +402,7 @@ class FileBatchReader:
             header = check_batch(batch)
         except FormatError as error:
             raise WalDamaged(self._directory.file_path(position.file).name, position, error.what) from error
+        # A valid batch of another size is not the batch that was acknowledged at this position.
         if header.size_bytes != position.size_bytes:
             reason = f"batch of {header.size_bytes} bytes where one of {position.size_bytes} was written"
             raise WalDamaged(self._directory.file_path(position.file).name, position, reason)

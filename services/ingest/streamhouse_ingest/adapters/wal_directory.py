@@ -178,6 +178,7 @@ class WalDirectory:
         except OSError:
             return False
         try:
+            # Free space alone does not tell: a quota or a limit of file sizes may refuse the file all the same.
             os.posix_fallocate(fd, 0, size_bytes)
         except OSError:
             return False
@@ -196,6 +197,7 @@ class WalDirectory:
 
 def _lock(lock: int, path: Path) -> None:
     try:
+        # flock ends with its process, however that ends: no stale lock keeps an agent from its log after a kill.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip()
@@ -217,6 +219,8 @@ def _identity(path: Path, agent_id: str) -> tuple[bytes, int]:
                 f"{path}: there are log files but no identity file; restore it or use another directory"
             )
         wal_id = uuid.uuid4().bytes
+        # Before the identity: a crash between the two leaves a directory without an owner, not one bound to an agent
+        # that never wrote.
         if not _has_notes(path):
             files.write_text(path / _UNUSED, "")
         _write_identity(file, agent_id, wal_id, _IDENTITY_VERSION)

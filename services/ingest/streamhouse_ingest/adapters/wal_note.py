@@ -76,6 +76,7 @@ class HistoryNote:
         number = self._number + 1
         slot = _encode(number, seen)
         if self._number:
+            # The older slot is overwritten, in place: if this write tears, the newer note is still whole.
             fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 files.write_at(fd, slot, number % 2 * SLOT_BYTES)
@@ -85,6 +86,7 @@ class HistoryNote:
         else:
             content = slot if number % 2 == 0 else bytes(SLOT_BYTES) + slot
             files.write_bytes(self._path, content.ljust(2 * SLOT_BYTES, b"\0"))
+        # After the write: a write that failed is repeated in the same slot, never over the last good note.
         self._number = number
 
 

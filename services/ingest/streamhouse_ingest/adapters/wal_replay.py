@@ -70,6 +70,7 @@ def replay_directory(directory: WalDirectory, buffer_bytes_max: int) -> Replayed
     for i, sequence in enumerate(sequences):
         for missing in range(sequences[i - 1] + 1 if i else sequence, sequence):
             files.missing(missing)
+        # In the order of writing: a frame that overlaps offsets read before it is damage.
         files.read(sequence, is_last=sequence == sequences[-1])
     if directory.unsynced:
         log.warning("%s: it was not synced before every ack; offsets go on beyond the old ranges", directory.path)
@@ -132,6 +133,8 @@ class _Files:
         with _bytes_of(fd, size_bytes, str(path)) as (buffer, unreadable):
             good_end = self._read_frames(sequence, buffer, is_last=is_last, is_readable=not unreadable)
         if is_last and good_end < size_bytes:
+            # Durable before anything else is written: bytes that came back after a power failure would be read as
+            # frames by a later start, for which this file is not the last.
             os.ftruncate(fd, good_end)
             os.fsync(fd)
         return good_end
@@ -175,6 +178,7 @@ class _Files:
         header_damage = self._check_header(sequence, buffer)
         if header_damage is not None and is_last and len(buffer) <= WAL_FILE_HEADER_SIZE:
             return 0  # a crash during creation: no group is written before the header is synced
+        # A damaged header of a file with frames costs no frame: each frame has its own checksum and key.
         if header_damage is not None:
             other_file = header_damage.startswith(_OTHER_FILE) and self._hides(sequence)
             self.replay.damaged(sequence, 0, WAL_FILE_HEADER_SIZE, header_damage, hides=other_file)

@@ -87,6 +87,8 @@ class EventFeed:
 
     async def _follow(self, backoff: Backoff) -> None:
         """Passes on events until the stream ends. Raises SessionExpired when the session is closed."""
+        # With the history: positions of restored metadata do not compare with those of this log, so the coordinator
+        # refuses them.
         request = pb.FollowEventsRequest(
             after_position=self._session.position,
             types=[kind.__name__ for kind in FOLLOWED],

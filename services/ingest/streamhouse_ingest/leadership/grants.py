@@ -73,6 +73,7 @@ class Grants:
 
     async def refresh(self, keys: Collection[RangeKey] = ()) -> None:
         """Requests these grants, or all, and returns once the answer is applied, in this session or a later one."""
+        # Before the request: only an answer to a request that is sent from now on covers the caller.
         done = asyncio.get_running_loop().create_future()
         waiting = done, keys
         self._waiting.append(waiting)
@@ -104,6 +105,7 @@ class Grants:
                 raise
             except StreamHouseError as error:
                 log.warning("cannot apply the grants: %s", error.message)
+                # The keys go back before the pause: changes meanwhile join them, and one request covers all.
                 self._pending.put_back(request)
                 self._awake.set()
             else:

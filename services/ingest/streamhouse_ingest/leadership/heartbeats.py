@@ -58,6 +58,7 @@ class Heartbeats:
                 raise
             except StreamHouseError as error:
                 log.warning("heartbeat failed: %s", error.message)
+                # At most the interval: a failed call must not make the next renewal later than a call that succeeds.
                 wait_ms = min(backoff.next_ms(), self._interval_ms)
             else:
                 backoff.reset()
@@ -66,6 +67,8 @@ class Heartbeats:
     async def _beat(self) -> None:
         context = self._context
         full = self._space.is_full
+        # Before the call: the coordinator counts its TTL from a moment that is not earlier, so the lease here ends
+        # first.
         sent_ms = context.clock.monotonic_ms()
         request = pb.HeartbeatRequest(session_token=context.session.token, low_ranges=_low_ranges(self._logs))
         if full != self._reported_full:
@@ -81,6 +84,7 @@ class Heartbeats:
             raise
         context.lease.renew(sent_ms, response.ttl_ms)
         self._reported_full = full  # not before the answer, so that a report that was lost is repeated
+        # With each heartbeat: a restart then knows metadata that was restored to an earlier state.
         await context.history.save()
         for grant in response.extended:
             self._ranges.extend(RangeKey(grant.topic_id, grant.partition, grant.epoch), grant.limit_offset)

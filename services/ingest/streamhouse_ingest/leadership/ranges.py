@@ -70,6 +70,8 @@ class Ranges:
         logs of `only`. Returns the ranges to request again."""
         for grant in grants:
             held = self._logs.get(grant_key(grant))
+            # No append is decided from here on, and the barrier waits for those decided before: then the end of the log
+            # is final.
             if held is not None and grant.status not in ("open", "moving"):
                 self._logs.stop_leading(held)
         await self._writer.barrier()
@@ -131,6 +133,7 @@ class Ranges:
         if grant.HasField("end_offset"):
             self._settle(held, grant.end_offset)
         elif grant.status in ("open", "moving") and not self.closing and log_.settled_end is None:
+            # A log that is being transferred has stopped on purpose: an older grant must not make it lead again.
             if not log_.leading and not self._transfers.is_under_way(held):
                 self._logs.lead(held)
                 log.info("leading %s from offset %d", log_.describe(), log_.next_offset)

@@ -67,6 +67,7 @@ class Session:
         while True:
             await self._keep()
             log.warning("the session is lost, opening a new one")
+            # Before the new session is asked for: no batch may be acknowledged between two sessions.
             self._lease.drop()
             self._context.session.clear()
             await self.open(str(uuid.uuid4()))
@@ -84,6 +85,7 @@ class Session:
         while not await self._resume(opened):
             log.warning("the session is lost already, opening it again")
             opened = await self._open_call(token, NO_GAPS)  # the first answer settled each log
+        # Before the session is set, for which the announcer waits: the queue of the old session must be gone by then.
         self._sealer.restart()
         self._context.session.set(opened.session_token, opened.session_id, opened.feed_position)
         self.grants.begin()

@@ -69,6 +69,7 @@ class LeadershipTransfers:
         task.add_done_callback(lambda task: self._over(key, task))
 
     def _over(self, key: RangeKey, task: asyncio.Task[None]) -> None:
+        # Another task: a transfer at once has replaced the one that ended.
         if self._under_way.get(key) is task:
             del self._under_way[key]
             self._at_once.discard(key)
@@ -83,6 +84,8 @@ class LeadershipTransfers:
         async with self._turn:
             while not await self._flush_and_stop(held) and self._is_held(held):
                 log.warning("%s: not registered within %d ms, going on here", held.log.describe(), self._timeout_ms)
+                # Writes are refused for timeout_ms at a time, however long segmenters take: the next try uploads the
+                # rest while writes go on.
                 self._logs.lead(held)
             if self._is_held(held) and not self._writer.broken:  # a replay finds the end of a broken log
                 await self._settle(held)
@@ -90,6 +93,8 @@ class LeadershipTransfers:
     async def _transfer_at_once(self, held: HeldLog) -> None:
         async with self._turn:
             self._logs.stop_leading(held)
+            # Appends that were decided before count: the end of the log is final only behind the group that is being
+            # written.
             await self._writer.barrier()
             if self._is_held(held) and not self._writer.broken:
                 if held.log.open is not None:

@@ -16,6 +16,8 @@ class Lease:
     def renew(self, sent_ms: int, ttl_ms: int) -> None:
         """Extends the lease after the coordinator answered a renewal sent at `sent_ms`. A renewal whose answer arrives
         after that of a later renewal changes nothing."""
+        # From the sending on, less a margin for clock drift: the lease must end here before the coordinator lets it run
+        # out.
         until_ms = sent_ms + max(ttl_ms - self.margin_ms, 0)
         if self._until_ms is None or until_ms > self._until_ms:
             self._until_ms = until_ms

@@ -37,6 +37,7 @@ class HeldLog:
         self.producers_reported = False  # the coordinator has reported the partition's producers in this session
         self.traceparents: deque[str] = deque(maxlen=LINKS_MAX)  # appends that are not sealed yet
         self._recent: deque[tuple[int, str]] = deque(maxlen=LINKS_MAX)  # end offset and traceparent of an append
+        # A heap by end offset: a registration ends the waits below it without a walk over the others.
         self._durable: list[tuple[int, int, asyncio.Future[NotLeader | None]]] = []
         self._order = itertools.count()  # decides between waits for the same end: futures have no order
         self._changed: dict[asyncio.Future[None], None] = {}

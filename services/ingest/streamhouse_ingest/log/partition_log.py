@@ -74,6 +74,7 @@ class PartitionLog:
         if event.stamp is not None:
             producer_id = event.stamp.producer_id
             state = self.producers.get(producer_id)
+            # Computed from the table, not taken from the draft: the table has changed only by groups that were written.
             written = after_write(state, event.stamp, event.record_count, event.base_offset, self.key.epoch)
             self.producers.put(producer_id, written)
 
@@ -104,6 +105,7 @@ class PartitionLog:
     @property
     def runs_low(self) -> bool:
         """True if less than a quarter of the last extension is left: time to request another."""
+        # Early: while PostgreSQL is away nothing is extended, and writes go on to the end of the range.
         return self.limit_offset - self.next_offset < self._width // 4
 
     # ---- sealing and registration
@@ -165,6 +167,8 @@ class PartitionLog:
             buffer = self.sealed.pop()
             if buffer.base_offset < end_offset:
                 buffer, beyond = self._split(buffer, end_offset)
+                # The next leader answers retries from this snapshot: a batch beyond the end in it would be called a
+                # duplicate and be lost.
                 buffer.snapshot = self.producers.snapshot(end_offset)
                 self.sealed.append(buffer)
                 buffer = beyond

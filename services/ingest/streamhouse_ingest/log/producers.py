@@ -131,6 +131,8 @@ class ProducerTable:
 
     def put(self, producer_id: int, state: ProducerState) -> None:
         """Sets the state of a producer, which becomes the most recent writer."""
+        # Removed first: a dictionary keeps the place of a key that is only replaced, and the order is that of the last
+        # writes.
         self._states.pop(producer_id, None)
         self._states[producer_id] = state
         if len(self._states) > self._producers_max:
@@ -168,6 +170,7 @@ def _newer(ours: ProducerState | None, theirs: ProducerState) -> ProducerState:
         return theirs
     if theirs.producer_epoch < ours.producer_epoch:
         return ours
+    # Replay and coordinator may both know a batch: an offset has one batch, so the offset joins the two.
     batches = {batch.base_offset: batch for batch in (*ours.batches, *theirs.batches)}
     last = [batches[offset] for offset in sorted(batches)[-BATCHES_REMEMBERED:]]
     return ProducerState(ours.producer_epoch, tuple(last))
@@ -196,6 +199,7 @@ def encode_snapshot(states: Mapping[int, ProducerState]) -> bytes:
     parts = [_HEAD.pack(_SNAPSHOT_VERSION, len(states))]
     for producer_id, state in states.items():
         parts.append(_PRODUCER.pack(producer_id, state.producer_epoch, len(state.batches)))
+        # Without the epoch, which only tells apart batches in this log: a decoded batch is REPORTED.
         parts.extend(_BATCH.pack(*batch[:3]) for batch in state.batches)
     return b"".join(parts)
 

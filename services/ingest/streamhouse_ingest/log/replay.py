@@ -182,6 +182,8 @@ class Replay:
                 )
                 self.damaged(file, frames.ats[i], frames.sizes_bytes[i], overlap)
             if kept < stop:
+                # A frame behind damage shows that the log went on: what the damage hid before it is a known gap, not an
+                # unknown end.
                 log.hidings_before = self._hidings
                 self._append(log, file, frames, kept, stop)
                 _note_written(log.written, key.epoch, frames, kept, stop)
@@ -198,6 +200,7 @@ class Replay:
             ):
                 last = Buffer(frames.base_offsets[start], 0)
                 log.buffers.append(last)
+            # Cut at the size at which buffers are sealed: each becomes a segment, which a segmenter builds in memory.
             sizes_before = list(accumulate(frames.sizes_bytes[start:stop], initial=last.size_bytes))
             taken = slice(start, start + bisect_left(sizes_before, self._buffer_bytes_max, 0, stop - start))
             last.extend(frames.record_counts[taken], file, frames.ats[taken], frames.sizes_bytes[taken])
@@ -240,6 +243,7 @@ def _note_written(
         producer_id = frames.producer_ids[i]
         if producer_id:
             written = producers.setdefault(producer_id, [])
+            # Bounded while the log is read: a producer may have millions of batches in it, and the last ones decide.
             if len(written) >= _WRITTEN_MAX:
                 del written[:-BATCHES_REMEMBERED]
             stamp = ProducerStamp(producer_id, frames.producer_epochs[i], frames.base_sequences[i])

@@ -29,6 +29,7 @@ class CurrentSession:
 
     async def wait_open(self) -> str:
         """Returns the token of the open session; waits for a session if none is open."""
+        # A loop: a session may be lost again between the event and the turn of this task.
         while not self.token:
             await self._open.wait()
         return self.token

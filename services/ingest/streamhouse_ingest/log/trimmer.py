@@ -44,5 +44,6 @@ class Trimmer:
             # disk is full: then the save succeeds once a deleted file has made room.
             await self._history.save()
             await self._files.run(wal.delete, file)
+            # After the deletion: the index must not forget a file that is still on the disk.
             index.remove(file)
             log.info("deleted log file %d: everything in it is registered", file)

@@ -44,6 +44,8 @@ class WalIndex:
         """
         files = []
         for file in sorted(self._ends):
+            # Stops at the first file still needed: a file missing between two others would be read as damage at the
+            # next start.
             if file == active or not all(_covered(registered_end(key), end) for key, end in self._ends[file].items()):
                 break
             files.append(file)

@@ -47,6 +47,7 @@ class WalSpace:
             self._checking = self._tasks.spawn("check for room in the log", self._check(self._full_since_ms))
 
     async def _check(self, since_ms: int) -> None:
+        # In the log's thread: on a disk that hangs the check waits behind the writes, and the heartbeats go on.
         if await self._files.run(self._files.wal.has_space_for_file):
             log.info("the write-ahead log has room again")
             self._full_since_ms, self._is_full = None, False

@@ -53,6 +53,7 @@ class Draft:
             verdict = check_sequence(state, stamp, record_count)
             if isinstance(verdict, DuplicateOf | OutOfSequence | FencedBy):
                 return verdict
+        # Never beyond the limit: an epoch of another agent may begin there (G2).
         if self._next_offset + record_count > self._log.limit_offset:
             return RangeExhausted(self._log.limit_offset)
         appended = BatchAppended(self._next_offset, record_count, stamp)

@@ -43,6 +43,7 @@ class ConnectionByteLimit:
         budget = self._budgets.join(connection)
         try:
             await budget.take(size_bytes)
+        # A cancelled wait must leave the connection, or its budget would be kept for ever.
         except BaseException:
             self._budgets.leave(connection)
             raise

@@ -102,11 +102,15 @@ class ProduceService:
         connection = caller_connection()
         is_encoded = request.WhichOneof("payload") == "batch"
         batch = request.batch if is_encoded else await self._rules.encode(request, connection)
+        # Before anything is queued: the writer, whose group others wait for, decides on batches that are known to be
+        # valid.
         header = await self._rules.validate(batch, connection)
         self._rules.check_timestamp(header)
         self._rules.check_producer(header)
         timeout_ms = request.timeout_ms or self._settings.produce_timeout_ms
         written = None if acks == types_pb2.ACKS_NONE else asyncio.get_running_loop().create_future()
+        # The log may have stopped leading during the awaits above: the writer's draft decides again, and refuses with
+        # NotLed.
         span, traceparent = _start_span(held, request.trace_context)
         durable = acks == types_pb2.ACKS_DURABLE
         try:
@@ -172,6 +176,7 @@ class ProduceService:
     async def _wait_written(
         self, pending: PendingProduce, written: asyncio.Future[Written | StreamHouseError]
     ) -> Written:
+        # The batch is not taken back: it may be in the file already, so its outcome is unknown.
         if not await self._done_in_time(pending, written):
             raise Unavailable(
                 f"not written within {pending.timeout_ms} ms; the outcome is unknown", timeout_ms=pending.timeout_ms
@@ -210,6 +215,7 @@ class ProduceService:
         for a durable acknowledgement.
         """
         log = written.held.log
+        # The coordinator is asked: events of a range whose log is not held here change nothing.
         while not await self._topics.is_registered(log, written.base_offset):
             left_ms = pending.answer_by_ms - self._clock.monotonic_ms()
             if left_ms <= 0:

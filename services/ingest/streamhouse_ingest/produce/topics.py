@@ -87,6 +87,7 @@ class TopicLookup:
             described = await self._coordinator.describe_topic(pb.DescribeTopicRequest(topic=log.topic))
         except UnknownTopic:
             described = pb.DescribeTopicResponse()
+        # No answer proves nothing: the caller asks again until its deadline.
         except StreamHouseError:
             return False
         if described.topic.topic_id != log.key.topic_id:
@@ -108,6 +109,7 @@ class TopicLookup:
         known = self._known.get(topic)
         if known is None or now_ms >= known[0]:
             return await self._ask_for_all(topic, now_ms)
+        # Shielded: a caller that is cancelled must not cancel the answer for the others.
         answer = await asyncio.shield(known[1])
         if isinstance(answer, StreamHouseError):
             raise answer
@@ -116,6 +118,7 @@ class TopicLookup:
     async def _ask_for_all(self, topic: str, now_ms: int) -> pb.TopicMetadata | None:
         """Asks the coordinator and returns the answer, which callers during the request and soon after share."""
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        # Removed first, so that the name moves to the end: beyond the limit the oldest answer is forgotten.
         self._known.pop(topic, None)
         self._known[topic] = (now_ms + _REMEMBER_MS, answer)
         if len(self._known) > _NAMES_MAX:

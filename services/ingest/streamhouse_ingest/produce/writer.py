@@ -137,6 +137,7 @@ class Writer:
             raise overloaded("wal_bytes_max", self._limits.wal_bytes_max, wal_bytes, _WAL_RETRY_MS)
         if self._logs.memory_full:
             raise overloaded("memory_bytes_max", self._logs.memory_bytes_max, self._logs.memory_bytes, _WAL_RETRY_MS)
+        # Nothing is awaited from the checks above to here: the sums that were checked are the sums that count.
         append.queued_ms = self._clock.monotonic_ms()
         self.queue_bytes += size_bytes
         self._queue.append(append)
@@ -173,6 +174,7 @@ class Writer:
                 else:
                     self._wake.clear()
         finally:
+            # Also after a cancellation: no task takes from the queue any more, and its callers must not wait for ever.
             self._fail_queued()
 
     # ---- one group
@@ -309,6 +311,7 @@ class Writer:
         if append.written is None:
             if isinstance(outcome, StreamHouseError):  # acks none: only the metric shows the refusal
                 self._metrics.rejected.add(1, {"reason": outcome.reason})
+        # Done already: a group that failed halfway through `_apply` has answered some of its batches.
         elif not append.written.done():
             append.written.set_result(outcome)
 

@@ -44,6 +44,7 @@ class CorruptBatches:
                 damaged = await asyncio.to_thread(self._reader.find_damaged, buffer.on_disk_only())
             except WalFileGone:
                 return  # the file was deleted, so its batches were registered meanwhile
+            # Registration may have taken the buffer while it was read: records that are in a segment are not lost.
             if damaged and self._logs.get(held.log.key) is held and buffer in held.log.sealed:
                 self._cut_out(held, buffer, damaged)
 

@@ -163,8 +163,10 @@ class TailReader:
         self, log: PartitionLog, offset: int, end_offset: int, bytes_max: int
     ) -> tuple[list[bytes], int]:
         picked = log.read(offset, end_offset, bytes_max)
+        # Before the await: registration may drop these batches from the log during the read.
         next_offset = log.end_after(offset, len(picked)) if picked else offset
         missing = [position for position, batch in picked if batch is None]
+        # Not in the log's thread: a read from a cold disk must not hold up the next group of appends.
         read = iter(await asyncio.to_thread(self._reader.read, missing) if missing else ())
         return [next(read) if batch is None else batch for _, batch in picked], next_offset
 

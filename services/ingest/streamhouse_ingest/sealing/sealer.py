@@ -180,13 +180,17 @@ class Sealer:
             while not self._queue:
                 self._queued.clear()
                 await self._queued.wait()
+            # Taken out only once announced: a failed announcement is repeated before any later one.
             sealed = self._queue[0]
+            # `restart` may have replaced the queue during the call: the head is then another buffer, for the new
+            # session.
             if await self._announce_one(sealed) and self._queue and self._queue[0] is sealed:
                 self._queue.popleft()
 
     async def _announce_one(self, sealed: SealedBuffer) -> bool:
         """True if the buffer was announced, or nothing of it is left; False if it must be tried again, after the
         back-off, which has passed then."""
+        # The token first, then the slices: the grants of a session that opens meanwhile may register some of them.
         token = await self._session.wait_open()
         request = self._request(token, sealed)
         if not request.slices:
