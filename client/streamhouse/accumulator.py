@@ -36,6 +36,7 @@ class RecordAccumulator:
         """Returns the partition's queue, made at the first call."""
         queue = self._queues.get((topic, partition))
         if queue is None:
+            # Kept for the life of the producer: the queue holds the partition's sequence numbers.
             queue = self._queues[topic, partition] = PartitionQueue(
                 topic,
                 partition,

@@ -172,6 +172,7 @@ class Assignments:
         self._look()
 
     def _carry_out(self, changes: Changes) -> None:
+        # Kept before the reader drops it: until the step is finished its position may be committed.
         for where in changes.revoked:
             self.kept[where] = self._reader.cursors[where]
         for where in changes.lost:
@@ -240,6 +241,7 @@ class Assignments:
     async def _begin(self, *, with_callback: bool) -> Step | None:
         if self._is_beginning:
             return None
+        # Set before the await below: a second caller must not begin the same step.
         self._is_beginning = True
         self._note_due()
         committed: set[TopicPartition] = set()

@@ -149,8 +149,10 @@ class Background:
         finally:
             self._ended = True
             loop, thread, self._loop = self._loop, self._thread, None
+            # After the work above: what runs before the end needs the loop.
             loop.call_soon_threadsafe(loop.stop)
             if thread is not None:
+                # With a limit: a callback of the application in that thread must not keep the process from ending.
                 thread.join(JOIN_TIMEOUT_S)
 
 

@@ -41,6 +41,7 @@ class Commits:
         """Stores the positions behind processed records, or the positions `given`. Raises the error of storing:
         IllegalGeneration, UnknownMember, UnknownTopic, Unavailable."""
         async with self._turn:
+            # Computed when the turn comes: positions from before the wait could be older than those just stored.
             cursors = dict(self._cursors)
             positions = _outstanding(cursors, self._done_below) if given is None else given
             await self._commit(cursors, positions, self._store)

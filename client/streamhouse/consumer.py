@@ -1082,6 +1082,7 @@ class Consumer(AsyncContext, AsyncIteration):
         """
         if self._membership is None and self._subscriptions.current.pattern is None:
             return False
+        # By id: the name may belong to another topic by now, whose partitions are read already.
         known = self._topic_ids()
         self._assignments.lose([where for where, held in known.items() if where.topic == topic and held == topic_id])
         self._subscriptions.refresh_soon()

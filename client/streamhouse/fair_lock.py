@@ -83,4 +83,5 @@ class FairLock:
         finally:
             queue.leave(ticket)
             if not queue.waiting and not queue.granted_count:
+                # Removed with its last call, so that an empty dict says that every call may be done at once.
                 del self.queues[topic]

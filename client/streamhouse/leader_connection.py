@@ -121,6 +121,8 @@ class LeaderConnection:
             await self._peers.connect(self.address)  # until then nothing can have been written
             async with aclosing(self._call()) as responses:
                 async for response in responses:
+                    # Answers carry no number, they belong to the requests in order: one too many makes the next ones
+                    # unreliable.
                     if not self._in_flight:
                         error = Unavailable(f"the leader at {self.address} answered what was not asked")
                         break
@@ -159,6 +161,8 @@ class LeaderConnection:
         """Yields requests for the stream with this number; gRPC may still ask after the next stream has begun."""
         while self.is_open and self._stream_number == number:
             if self._unsent:
+                # In flight before gRPC has the request: it may write it and never ask for another, so from here on the
+                # outcome is unknown.
                 sent, request = self._unsent.popleft()
                 self._in_flight.append((sent, asyncio.get_running_loop().time()))
                 self._start_watch()
@@ -181,5 +185,6 @@ class LeaderConnection:
         if loop.time() < due_s:
             self._watch = loop.call_at(due_s, self._check_answers)
         elif self._task is not None:
+            # A deadline of gRPC would be that of the whole stream; here each request has its own.
             self._stalled = True
             self._task.cancel()

@@ -35,6 +35,7 @@ class LoopTurns:
         now_s = self._loop.time()
         if self._stands_since_s is None:
             self._stands_since_s = now_s
+            # Runs at the loop's next turn: from then on the loop stands still no longer.
             self._loop.call_soon(self._has_run)
         return now_s - self._stands_since_s
 

@@ -188,6 +188,8 @@ class Membership:
             member_id=self.member_id,
             generation=self.generation,
             owned=_messages(self._owned()),
+            # The coordinator holds the answer back for so long: a rebalance reaches the member at once, without
+            # frequent heartbeats.
             max_wait_ms=PENDING_WAIT_MS if self.pending else self._heartbeat_interval_ms,
         )
 
@@ -219,6 +221,7 @@ class Membership:
             self._report_due.set()
 
     def _renew(self, generation: int) -> None:
+        # A commit that was refused with the earlier generation waits for this: see commit_through_rebalance.
         if generation != self.generation:
             self.generation = generation
             moved, self._moved = self._moved, asyncio.Event()
@@ -304,6 +307,7 @@ class Membership:
         self._in_group.clear()
         self._report_due.set()
         self._answered.set()
+        # Before the call: the partitions are lost also if the group cannot be reached.
         self._forgotten()
         if member_id:
             await self._leave_as(member_id)

@@ -74,6 +74,7 @@ class MetadataCache:
         try:
             response = await self._peers.coordinator.get_metadata(coordinator_pb2.GetMetadataRequest(topics=[topic]))
         except UnknownTopic:
+            # Forgotten, or records would go on to the leaders of a topic that is gone.
             self._topics.pop(topic, None)
             raise
         found = next((item for item in response.topics if item.topic.topic == topic), None)

@@ -54,6 +54,7 @@ class Offsets:
         if not addresses:
             raise Unavailable("no query service has a session with the coordinator")
         query, offsets = self._peers.query(addresses), {}
+        # A request with more positions than a service accepts would be refused as a whole.
         for first in range(0, len(lookups), POSITIONS_MAX):
             request = query_pb2.LookupOffsetsRequest(lookups=lookups[first : first + POSITIONS_MAX])
             response = await query.lookup_offsets(request)
@@ -71,6 +72,7 @@ class Offsets:
         )
         try:
             response = await self._peers.coordinator.fetch_offsets(request)
+        # A group exists from its first member or commit on: until then nothing is committed.
         except UnknownGroup:
             return {}
         found = {TopicPartition(item.topic, item.partition): item for item in response.offsets if item.offset >= 0}

@@ -75,6 +75,8 @@ class Partitioner:
 
     def _next_sticky(self) -> int:
         """Chooses a partition that has a leader, or any while none has; returns its number."""
+        # A batch for a partition without a leader would wait for the next epoch, while any other partition takes it
+        # now.
         led = [number for number, address in enumerate(self.state.leaders) if address]
         self._sticky = random.choice(led or range(len(self.queues)))
         self._sticky_until_s = self.loop.time() + STICKY_MS / 1000
@@ -138,6 +140,7 @@ class Partitioner:
             return self._sticky_partitions(records.sizes[start:stop])
         partitions = partitions_of(keys, len(self.queues))
         if keys.valid is not None:
+            # A null key is no key, as in Kafka: it does not hash.
             nulls = ~keys.valid
             partitions[nulls] = self._sticky_partitions(records.sizes[start:stop][nulls])
         return partitions

@@ -232,6 +232,8 @@ class Producer(AsyncContext):
             return None
         if partition is not None:
             target.queue(partition)  # an unknown partition is refused before room is taken
+        # Calls that wait go first, also if this record would fit; and room is taken last, so that nothing has to be
+        # given back.
         if self._order.queues or self._closed or forks.lost or not self._pool.try_take(size_bytes):
             return None
         return target
@@ -315,6 +317,8 @@ class Producer(AsyncContext):
             target = await self._opened(topic, partition)
             if partition is None and chosen is None:
                 chosen = self.choose_partitions(topic, records)  # of all: nothing is sent if it fails for one
+            # A quarter of the buffer at a time: a list larger than the buffer passes while its first parts are
+            # acknowledged.
             for start, stop in cut(records.sizes, min(SLICE_BYTES, self._options.buffer_bytes_max // 4)):
                 await asyncio.sleep(0)  # the streams' turn
                 await self._take_room(int(records.sizes[start:stop].sum()), ticket)
@@ -344,6 +348,7 @@ class Producer(AsyncContext):
         """Waits until everything appended so far is acknowledged or has failed; raises no failure of a batch."""
         if self._made_sender is not None:
             self._sender.flush()
+            # A copy: records that are sent from now on are the business of the next flush.
             for batch in list(self._sender.unfinished):
                 await finished(batch)
 
@@ -443,6 +448,7 @@ class Producer(AsyncContext):
 
     async def _open_topic(self, topic: str) -> Partitioner:
         self._must_be_open()
+        # The first contact waits for a coordinator that is about to start, as long as a record may wait.
         state = await self._retries.run(lambda: self._metadata.topic(topic))
         # Acks ascend in strength: none, wal, durable.
         if ACKS[self._options.acks] < state.min_acks:
@@ -454,6 +460,8 @@ class Producer(AsyncContext):
             )
         self._must_be_open()
         await self._begin()
+        # Two first calls may have asked side by side: both must get the same partitioner, or a partition would have two
+        # queues.
         return self._topics.setdefault(topic, Partitioner(state, self._accumulator, self._options.batch_bytes))
 
     def _place(
@@ -474,6 +482,7 @@ class Producer(AsyncContext):
             if queue is not None:  # grouping them would cost more than all the rest
                 return self._extend(queue, records, range(start, stop), caller)
         partitions = target.partitions(records, start, stop, chosen)
+        # Stable: records of a partition keep the order of the list.
         order = np.argsort(partitions, kind="stable")
         numbers, firsts = np.unique(partitions[order], return_index=True)
         groups = np.split(order + start, firsts[1:])

@@ -74,6 +74,7 @@ class _Subscription:
                 partition=cursor.where.partition,
                 offset=cursor.fetch_offset,
                 topic_id=cursor.topic_id,
+                # Less what is here already: a stream that is opened often must not be sent a window each time.
                 window_bytes=max(0, window_bytes - cursor.received_bytes),
             )
             for cursor in cursors
@@ -214,6 +215,7 @@ class Reader:
 
     def rewind(self, cursor: Cursor, offset: int) -> None:
         """Fetches the cursor's partition from `offset` again; drops its received records."""
+        # Responses to the requests of before are on their way, and do not continue at the new offset.
         cursor.restarts += 1
         cursor.fetch_offset, cursor.last_epoch = offset, 0
         cursor.failed = False
@@ -236,6 +238,7 @@ class Reader:
         Raises a queued error when its turn comes; after that the partition is fetched again.
         """
         if not self._received:
+            # Cleared here and not in `wait`: what arrives between the two still wakes the caller.
             self._arrived.clear()
             return None
         cursor, item = self._received.take()
@@ -309,6 +312,7 @@ class Reader:
             self._changed.clear()
             wanted = [cursor for cursor in self.cursors.values() if cursor.wants_more]
             parts = [wanted[at : at + POSITIONS_MAX] for at in range(0, len(wanted), POSITIONS_MAX)]
+            # Streams keep their positions: any change of the cursors opens them anew.
             tasks = [asyncio.create_task(self._changed.wait())]
             tasks += [asyncio.create_task(self._keep_reading(part)) for part in parts]
             try:
@@ -395,6 +399,7 @@ class Reader:
             self._note(cursor, response)
             for encoded in found:
                 await self._wait_for_room(encoded.decoded_bytes)
+                # A seek, a rewind or a loss of the partition may have come while there was no room.
                 if not cursor.live or cursor.restarts != restarts:
                     return True
                 self._accept(cursor, encoded)

@@ -181,6 +181,7 @@ class Sender:
         except InvalidBatch as error:
             self._failed_try(queue, batch, error)
             return
+        # With the topic's id: a topic created again under the name must refuse records that were meant for the old one.
         known = self._metadata.cached(queue.topic)
         request = ingest_pb2.ProduceRequest(
             topic=queue.topic,
@@ -226,7 +227,9 @@ class Sender:
         else:
             queue.acked(batch)
             queue.last_error = None
+            # An acknowledgement ends the series of failures: the next wait is short again.
             self._backoffs.pop(queue, None)
+            # Past its deadline the batch has failed already, and its application knows: a late answer changes nothing.
             if not batch.is_decided:
                 batch.resolve(response.base_offset)
                 self._finish(batch)
@@ -286,6 +289,7 @@ class Sender:
     def _remember_failure(self, batch: ProducerBatch) -> None:
         # The application may still see any failure through its future, so the first alone is not enough for a flush.
         if len(self.failures) >= UNSEEN_FAILURES_MAX:
+            # Only when the list is full: to look through it at each failure would cost the more, the more fail.
             self.failures = [failure for failure in self.failures if not failure.seen]
         if len(self.failures) < UNSEEN_FAILURES_MAX:
             self.failures.append(batch)
@@ -376,6 +380,7 @@ class Sender:
             timer.cancel()
         self._timers.clear()
         for queue in self._accumulator.queues():
+            # First: nothing of the queue may be sent by what its failing batches wake.
             queue.block(Blocked.CLOSED)
             self._fail_all(queue, Unavailable("the producer was closed before the batch was acknowledged"))
         await self._tasks.stop()

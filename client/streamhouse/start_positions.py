@@ -165,6 +165,7 @@ class StartPositions:
         else:
             place = LastRecords(-start) if isinstance(start, int) else start
             starts = await self._offsets.look_up(place, fresh)
+        # After the starts: an end looked up before could lie below a start that was counted from the end.
         ends = await self._offsets.look_up("latest", topic_ids) if self._options.stop_at_end else {}
         bounds = await self._bounds(topic_ids)
         cursors = [

@@ -71,6 +71,7 @@ class Subscriptions:
             self._wakes.clear()
             wait_ms = self._refresh_interval_ms
             asked = self.current
+            # Named topics do not change: the error of a name that is gone comes with the next read.
             if asked.pattern is None:
                 continue
             try:

@@ -68,6 +68,7 @@ def _creation_contexts(headers: HeadersColumn | None) -> list[trace.SpanContext]
     found = np.flatnonzero((name_sizes == len(TRACEPARENT)) & (value_sizes == TRACEPARENT_BYTES))
     if not len(found):
         return []
+    # By length first, then by bytes: comparing every header as text would be a loop over records.
     texts = _of_length(names.data, names.ends[found], len(TRACEPARENT))
     wanted = np.frombuffer(TRACEPARENT.encode(), np.uint8)
     parents = _of_length(values.data, values.ends[found], TRACEPARENT_BYTES)[(texts == wanted).all(axis=1)]
@@ -118,6 +119,7 @@ class SendTrace:
 
     def sent(self, first: int, caller: trace.Span) -> None:
         """Records that from position `first` of the batch on records were sent in the span `caller`."""
+        # Compared by identity, for every record: most records come from the span of the record before.
         if caller is not self._last:
             self._last = caller
             self._runs.append((first, caller))
@@ -247,6 +249,7 @@ class ReceiveTracing:
             | {"messaging.streamhouse.offset": offset},
             links=[trace.Link(creation) for creation in creations],
         )
+        # Recorded by `_failed`, with error.type; `use_span` would record the exception a second time.
         with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
             try:
                 yield span

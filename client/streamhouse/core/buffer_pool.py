@@ -21,6 +21,7 @@ class BufferPool(Generic[T]):
 
     def try_take(self, size_bytes: int) -> bool:
         """Takes room. Returns False, and takes nothing, if there is too little or others wait."""
+        # Behind those that wait, also if this one would fit: small takers could keep a large one waiting for ever.
         if self._waiting or not self._fits(size_bytes):
             return False
         self.used_bytes += size_bytes

@@ -37,6 +37,7 @@ def check_response(cursor: Cursor, encoded: Sequence[bytes], next_offset: int) -
     Raises DataLoss for bytes that are no batch and for missing records, Internal for offsets that go backwards.
     """
     headers = [_header(cursor, data) for data in encoded]
+    # The checks come before any decoding: nothing of a response with a gap is handed over.
     spans = [BatchSpan(header.base_offset, header.end_offset, header.epoch) for header in headers]
     check_continuity(cursor, spans, next_offset)
     found: list[Encoded] = []

@@ -166,6 +166,7 @@ class HandOver:
         changes that follow."""
         assert self._running is step, "it was not begun"
         self._running = None
+        # The application knows of them now: the callback has returned.
         self._lost_in_step.clear()
         released = set()
         for where in step.partitions:

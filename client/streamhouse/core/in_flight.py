@@ -152,6 +152,7 @@ class InFlight:
             is_live = cursor.live
             if is_live:
                 worker.held = (cursor, item, worker.held)
+            # In one assignment, after the record is in hand: `done_below` may run in the loop's thread at any step.
             self.returned = (*before, *([(cursor, rest)] if len(rest) else ()), *others)
             if is_live:
                 return item

@@ -163,6 +163,7 @@ class PartitionQueue:
             self.close_open()
         expired = [batch for batch in self.batches() if batch.deadline_ms <= now_ms and not batch.is_decided]
         for batch in expired:
+            # A numbered batch that is never sent again leaves a gap; while in flight, its answer decides that.
             if batch.stamp is not None:
                 self._draining = True
                 self._has_gap = self._has_gap or batch.state is not BatchState.IN_FLIGHT
@@ -229,6 +230,7 @@ class PartitionQueue:
         """Sends over `stream` from here on. Returns False, and changes nothing, while another stream has batches in
         flight."""
         if stream != self._stream:
+            # Two streams have no order between them: a batch on the new stream could overtake one on the old.
             if self._in_flight:
                 return False
             self._stream = stream
@@ -292,13 +294,16 @@ class PartitionQueue:
         """Once nothing is in flight after a failed try: batches to be retried go first again."""
         if not self._draining or self._in_flight:
             return
+        # In front of the queued batches, which are younger: none of them overtakes.
         self._queued.extendleft(reversed(self._to_retry))
         self._to_retry.clear()
         self._draining = False
         if self._has_gap:
             self._has_gap = False
+            # A new id, not a new number: the leader takes any first sequence of an id that it does not know.
             self._producer = None
             self.leader_confirmed = False
             for batch in self._queued:
+                # A batch that may be in a log keeps its number: under another the leader could not tell that it has it.
                 if not batch.maybe_written:
                     batch.stamp = None

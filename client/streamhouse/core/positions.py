@@ -157,8 +157,10 @@ def check_continuity(cursor: Cursor, spans: Sequence[BatchSpan], next_offset: in
         begins_before = position == 0 and span.base_offset < expected < span.end_offset
         if span.base_offset < expected and not begins_before:
             raise _backwards(cursor, expected, span.base_offset)
+        # An epoch has no gaps; between two epochs the rest of a range may be unused. Epoch 0: not known after a seek.
         if span.base_offset > expected and epoch and span.epoch == epoch:
             raise _skipped(cursor, expected, span.base_offset)
+        # Epochs own ascending ranges: an older epoch behind a newer one would be a record that changed its offset.
         if span.epoch < epoch:
             raise _backwards(cursor, expected, span.base_offset, f"; epoch {span.epoch} after {epoch}")
         expected, epoch = span.end_offset, span.epoch

@@ -149,6 +149,7 @@ class ProducerBatch:
         if self._keys is not None:
             self._keys.append(key)
         elif key is not None:
+            # The first key of the batch: the column begins now, so that batches without keys have none.
             self._keys = [None] * index
             self._keys.append(key)
         if self._headers is not None:
@@ -199,9 +200,11 @@ class ProducerBatch:
                 self._encoded = encode_lists(
                     self._values, self._keys, self._timestamps_ms, headers, codec=codec, producer=self.stamp
                 )
+                # From here on the bytes serve all tries: records and bytes together would take the memory twice.
                 self._is_encoded = True
                 self._drop_records()
             elif self.stamp != self._encoded_stamp:
+                # Decoded again instead of kept: a batch gets another stamp only after a sequence gap.
                 self._encoded = encode_batch(decode_batch(self._encoded), codec=codec, producer=self.stamp)
         except FormatError as error:
             raise errors.InvalidBatch(f"the records cannot be encoded: {error}", what=error.what) from error

@@ -166,7 +166,9 @@ def count_of(name: str, column: Sequence[Any]) -> int:
 
 def _column_of(name: str, column: Sequence[Bytes | None]) -> tuple[Sequence[bytes | None], NDArray[np.int64]]:
     """Returns values or keys as bytes, and the size of each. Raises TypeError, BatchTooLarge."""
+    # A copy: the application may change its list while the records wait for room.
     own = cast("list[bytes | None]", list(column))
+    # One pass in C: only a list with other types than bytes is walked in Python.
     kinds = set(map(type, own))
     if not kinds <= _BYTES_OR_NULL:
         for at, item in enumerate(own):
@@ -254,6 +256,7 @@ def _timestamps_of(timestamps_ms: int | datetime | Sequence[int | datetime], cou
         try:
             numbers = np.array(column)
         except OverflowError:
+            # Beyond 64 bits: the slow way below names the position.
             numbers = np.zeros(0)
         if numbers.dtype.kind == "i" and numbers.shape == (count,):
             numbers = numbers.astype(np.int64, copy=False)

@@ -192,6 +192,7 @@ class Consumer(PlainContext, PlainIteration):
 
     def __next__(self) -> Record:
         try:
+            # Cheaper than a test while the attribute is there, and this runs for every record.
             worker: Worker = self._workers.worker
         except AttributeError:
             worker = self._worker()

@@ -302,6 +302,7 @@ class Producer(PlainContext):
         if partition is None and self._partitioner is not None:
             partition = self._inner.choose_partition(topic, record[1])
         future = SendFuture(self)
+        # Now: in the loop's thread the application's span is not current.
         caller = trace.get_current_span() if tracing.is_on else None
         self._stage((future, topic, record, partition, time.monotonic(), caller), record[4])
         return future
@@ -377,6 +378,7 @@ class Producer(PlainContext):
         staged.append(item)
         if more_slots:
             staged.extend(repeat(None, more_slots))
+        # Without a lock: at worst two threads wake the loop, which finds nothing the second time.
         if not self._woken:
             self._wake()
 
@@ -451,6 +453,7 @@ class Producer(PlainContext):
             elif item is not None and not item.done():
                 item.set_result(None)
             staged.popleft()
+            # At half, not at the first free slot: threads then wake once for thousands of records, not for each.
             if self._waiting and len(staged) <= STAGED_SLOTS_MAX // 2:
                 self._let_on()
 
@@ -529,6 +532,7 @@ class Producer(PlainContext):
         await close_with(flushed, self._unacknowledged, self._shut_down, raise_failures=raise_failures)
 
     async def _shut_down(self) -> None:
+        # First: the staged records are then refused by a closed producer instead of waiting for room.
         await self._inner.shut_down()
         await self._handed_over()  # staged records fail then, and do not wait for ever
         _UNCLOSED.discard(self)  # here, not where `close` returns: `close` also raises errors of the flush
