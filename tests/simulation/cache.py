@@ -19,6 +19,7 @@ class SimChunkCache:
     def __init__(self, directory: Path, bytes_max: int, chunk_bytes: int, counters: Counters) -> None:
         self._chunks = self.disks.setdefault(str(directory), {})
         self._limit: LruLimit[ChunkId] = LruLimit(bytes_max)
+        self.chunk_bytes = chunk_bytes
 
     @property
     def size_bytes(self) -> int:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from shruntime.clock import Clock
 from shruntime.tasks import Tasks
 from shstore import ObjectStore, StoreError, StoreUnavailable
 
@@ -40,6 +39,10 @@ class Span(NamedTuple):
 
 class ChunkCache(Protocol):
     """Chunks on the local disk."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of a chunk; only the last chunk of an object is smaller."""
 
     @property
     def size_bytes(self) -> int: ...
@@ -86,19 +89,16 @@ class ChunkReader:
         disk: ChunkCache,
         shared: SharedCache | None,
         *,
-        chunk_bytes: int,
         downloads_in_flight_max: int,
         tasks: Tasks,
-        clock: Clock,
         counters: Counters,
     ) -> None:
         self._store = store
         self._disk = disk
         self._shared = shared
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes = disk.chunk_bytes
         self._slots = asyncio.Semaphore(downloads_in_flight_max)
         self._tasks = tasks
-        self._clock = clock
         self._counters = counters
         self._flights: dict[ChunkId, _Flight] = {}
 
@@ -256,11 +256,12 @@ class ChunkReader:
             content = await self._shared.get(chunk)
             if content is not None and end - at <= len(content) <= self._chunk_bytes:
                 return content, True
-        started_ms = self._clock.monotonic_ms()
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
         with tracer.start_as_current_span("query.download") as span:
             span.set_attributes({"object_key": chunk.object_key, "at": at, "size_bytes": end - at})
             content = await self._store.get(chunk.object_key, at=at, size_bytes=end - at)
-        download_duration_ms.record(self._clock.monotonic_ms() - started_ms)
+        download_duration_ms.record((loop.time() - started_s) * 1000)
         self._counters.downloads += 1
         self._counters.download_bytes += len(content)
         return content, False

@@ -9,7 +9,6 @@ import pytest
 from shread.adapters.disk_cache import DiskCache
 from shread.chunk_reader import CacheDirError, ChunkId, ChunkReader, Span
 from shread.counters import Counters
-from shruntime.clock import SystemClock
 from shruntime.tasks import Tasks
 from shstore import LocalStore, StoreOptions, StoreUnavailable
 
@@ -78,10 +77,7 @@ async def test_the_chunk_reader_gives_exactly_the_bytes_asked_for(tmp_path: Path
     counters, tasks = Counters(), Tasks()
     cache = DiskCache(tmp_path / "cache", 4 * CHUNK, CHUNK, counters)  # too small for all: evicts all the time
     await cache.open()
-    reader = ChunkReader(
-        store, cache, None, chunk_bytes=CHUNK, downloads_in_flight_max=2, tasks=tasks, clock=SystemClock(),
-        counters=counters,
-    )  # fmt: skip
+    reader = ChunkReader(store, cache, None, downloads_in_flight_max=2, tasks=tasks, counters=counters)
 
     async def read_some(seed: int) -> None:
         own = random.Random(seed)
@@ -107,10 +103,7 @@ async def test_a_download_that_is_cancelled_before_it_began_does_not_leave_its_r
     counters, tasks = Counters(), Tasks()
     cache = DiskCache(tmp_path / "cache", CHUNK, CHUNK, counters)
     await cache.open()
-    reader = ChunkReader(
-        store, cache, None, chunk_bytes=CHUNK, downloads_in_flight_max=2, tasks=tasks, clock=SystemClock(),
-        counters=counters,
-    )  # fmt: skip
+    reader = ChunkReader(store, cache, None, downloads_in_flight_max=2, tasks=tasks, counters=counters)
     reading = asyncio.create_task(reader.read("k", 100, [Span(0, 10)]))
     await asyncio.sleep(0)
     await tasks.stop()

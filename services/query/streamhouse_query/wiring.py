@@ -107,10 +107,8 @@ def build(
         store,
         disk,
         redis,
-        chunk_bytes=settings.cache_chunk_bytes,
         downloads_in_flight_max=settings.downloads_in_flight_max,
         tasks=tasks,
-        clock=clock,
         counters=counters,
     )
     segments = SegmentReader(

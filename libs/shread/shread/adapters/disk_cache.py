@@ -41,7 +41,7 @@ class DiskCache:
     def __init__(self, directory: Path, bytes_max: int, chunk_bytes: int, counters: Counters) -> None:
         self._directory = directory
         self._chunks = directory / f"chunks-{chunk_bytes}"
-        self._chunk_bytes = chunk_bytes
+        self.chunk_bytes = chunk_bytes
         self._limit: LruLimit[str] = LruLimit(bytes_max)
         self._counters = counters
         self._lock = -1
@@ -97,7 +97,7 @@ class DiskCache:
         for folder in self._chunks.iterdir():
             for path in folder.iterdir():
                 status = path.stat()
-                if _NAME.fullmatch(path.name) and 0 < status.st_size <= self._chunk_bytes:
+                if _NAME.fullmatch(path.name) and 0 < status.st_size <= self.chunk_bytes:
                     yield status.st_mtime_ns, path.name, status.st_size
                 else:
                     path.unlink()
