@@ -96,12 +96,21 @@ def consume(
         "json": _json_lines,
         "raw": partial(_raw, b"\n" if delimiter is None else delimiter),
     }
-    reading = Reading(topic, position, partition, group, follow, count_max, skip_lost, end)
+    reading = Reading(
+        topic=topic,
+        position=position,
+        partition=partition,
+        group=group,
+        follow=follow,
+        count_max=count_max,
+        skip_lost=skip_lost,
+        end=end,
+    )
     # Ctrl-C and SIGTERM cancel the reading, so that a group member commits the printed records and leaves.
     run(lambda: _consume(bootstrap, reading, renders[shape]))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """Topic, range and group that a command reads."""
 

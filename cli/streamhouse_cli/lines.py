@@ -164,7 +164,7 @@ class RowSplitter:
         return rows
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class InputRecords:
     """Records of the lines before the first bad line; `error` describes that line.
 
@@ -184,7 +184,7 @@ Parse = Callable[[list[bytes]], InputRecords]
 
 def without_keys(lines: list[bytes]) -> InputRecords:
     """Returns records without keys: each line is a value."""
-    return InputRecords(lines)
+    return InputRecords(values=lines)
 
 
 def keyed_by_separator(separator: bytes) -> Parse:
@@ -197,10 +197,10 @@ def keyed_by_separator(separator: bytes) -> Parse:
             key, found, value = line.partition(separator)
             if not found:
                 shown = separator.decode(errors="backslashreplace")
-                return InputRecords(values, keys, error=f"no key separator {shown!r}")
+                return InputRecords(values=values, keys=keys, error=f"no key separator {shown!r}")
             keys.append(key)
             values.append(value)
-        return InputRecords(values, keys)
+        return InputRecords(values=values, keys=keys)
 
     return parse
 
@@ -270,7 +270,7 @@ def _keyed(key_of: Callable[[bytes], tuple[bytes | None, bool]]) -> Parse:
         missing = 0
 
         def until(error: str) -> InputRecords:
-            return InputRecords(lines[: len(keys)], keys, error=error, missing_keys=missing)
+            return InputRecords(values=lines[: len(keys)], keys=keys, error=error, missing_keys=missing)
 
         for line in lines:
             try:
@@ -282,7 +282,7 @@ def _keyed(key_of: Callable[[bytes], tuple[bytes | None, bool]]) -> Parse:
                 return until(f"{sizes}, together over the limit of {LINE_BYTES_MAX} bytes")
             keys.append(key)
             missing += not found
-        return InputRecords(lines, keys, missing_keys=missing)
+        return InputRecords(values=lines, keys=keys, missing_keys=missing)
 
     return parse
 
@@ -341,7 +341,7 @@ def records_of_json(lines: list[bytes]) -> InputRecords:
     from shproto.errors import StreamHouseError
     from streamhouse.core.record_checks import check_record
 
-    records = InputRecords([], [], [], [], [])
+    records = InputRecords(values=[], keys=[], headers=[], timestamps_ms=[], partitions=[])
     for line in lines:
         try:
             value, key, headers, timestamp_ms, partition = _record_of(line)

@@ -131,10 +131,20 @@ def produce(
     """
     if as_json and sys.stdout is None:
         raise CliError("stdout is closed")
-    form = Form(shape, key_field, key_separator, csv_header, csv_delimiter, repartition, allow_binary)
+    form = Form(
+        shape=shape,
+        key_field=key_field,
+        key_separator=key_separator,
+        csv_header=csv_header,
+        csv_delimiter=csv_delimiter,
+        repartition=repartition,
+        allow_binary=allow_binary,
+    )
     form.check()
     with open_input(path) as descriptor, _progress(topic, descriptor) as progress:
-        work = Work(topic, acks, compression, descriptor, form, progress)
+        work = Work(
+            topic=topic, acks=acks, compression=compression, descriptor=descriptor, form=form, progress=progress
+        )
         report = run(lambda: _produce(bootstrap, work, drain_timeout_ms / 1000))
     try:
         report.show(as_json)
@@ -148,7 +158,7 @@ def produce(
         raise CliError(f"no record has the field {key_field!r}: {wrote} written without a key")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
     """Options that say how the input is read."""
 
@@ -199,7 +209,7 @@ class Form:
         return f"row {lines + 1 + self.csv_header}" if self.shape == "csv" else f"line {lines + 1}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """Input and destination of one `produce`."""
 
@@ -211,7 +221,7 @@ class Work:
     progress: Callable[[int], None]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Report:
     """Counts of the input so far: read, acknowledged, failed."""
 
@@ -335,7 +345,7 @@ async def _produce(bootstrap: str, work: Work, drain_s: float) -> Report:
     from streamhouse_cli.reach import reach_leaders
 
     partition_count = await reach_leaders(bootstrap, work.topic)
-    report = Report(work.acks)
+    report = Report(acks=work.acks)
     with StopSignals() as stop:
         async with Producer(bootstrap, acks=work.acks, compression=work.compression) as producer:
             sending = Sending(producer, work.topic, report)
@@ -355,7 +365,7 @@ async def _produce(bootstrap: str, work: Work, drain_s: float) -> Report:
 
 async def _send_input(work: Work, sending: Sending, report: Report, stop: asyncio.Event, partition_count: int) -> None:
     form, splitter, magic = work.form, work.form.splitter(), MagicCheck()
-    lines = Lines(sending, report, form, form.parse(), partition_count)
+    lines = Lines(sending=sending, report=report, form=form, parse=form.parse(), partition_count=partition_count)
     try:
         async for chunk in read_chunks(work.descriptor, stop):
             await lines.send(splitter.feed(chunk if form.allow_binary else magic.feed(chunk)))
@@ -376,7 +386,7 @@ async def _send_input(work: Work, sending: Sending, report: Report, stop: asynci
         raise
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lines:
     """Makes records of lines and sends these, up to the first line that is no record."""
 

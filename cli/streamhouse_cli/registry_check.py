@@ -10,7 +10,7 @@ from shproto.model import Range, Segment
 Kind = Literal["missing", "damaged", "different", "overlapping", "gap", "unregistered", "outdated", "metadata"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """A difference between registry and object store, or inside the registry.
 
@@ -33,14 +33,14 @@ class Finding:
 
 def finding(segment: Segment, kind: Kind, what: str) -> Finding:
     return Finding(
-        kind,
-        what,
-        segment.topic,
-        segment.partition,
-        segment.base_offset,
-        segment.end_offset,
-        segment.object_key,
-        segment.object_at,
+        kind=kind,
+        what=what,
+        topic=segment.topic,
+        partition=segment.partition,
+        base_offset=segment.base_offset,
+        end_offset=segment.end_offset,
+        object_key=segment.object_key,
+        object_at=segment.object_at,
     )
 
 
@@ -59,7 +59,9 @@ def check_partition(
         start = max(owned.start_offset, log_start_offset)
         for base, end in _uncovered(start, owned.registered_end, spans):
             what = f"epoch {owned.epoch} is registered up to {owned.registered_end}, but no segment holds these offsets"
-            findings.append(Finding("gap", what, topic, partition, base, end))
+            findings.append(
+                Finding(kind="gap", what=what, topic=topic, partition=partition, base_offset=base, end_offset=end)
+            )
     return findings
 
 

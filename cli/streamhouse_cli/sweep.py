@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 OBJECTS_MAX = 100_000
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Found:
     """Unreferenced objects: all are counted, the first ROWS_MAX kept."""
 
@@ -45,7 +45,7 @@ class Found:
             self.objects.append(orphan)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """Object store, coordinators that know its objects, and the times that a sweep waits."""
 
@@ -101,7 +101,7 @@ def sweep(
     directory = objects_of(data_dir) if data_dir is not None else store_dir
     given = {"orphan_grace_ms": grace_ms, "orphan_confirm_ms": confirm_ms}
     patience = {name: value for name, value in given.items() if value is not None}
-    place = Place(bootstrap, directory, config, _checked(prefix), patience)
+    place = Place(bootstrap=bootstrap, store_dir=directory, config=config, prefix=_checked(prefix), patience=patience)
     report, found = _sweep(place, dry_run=True)
     if not as_json:
         _print_found(found, report)
@@ -148,7 +148,7 @@ async def _run(place: Place, dry_run: bool) -> tuple[SweepReport, Found]:
     settings = SegmenterSettings.load(
         environ_with(store_dir=place.store_dir, config=place.config), **place.patience, orphan_dry_run=dry_run
     )
-    found = Found(settings.orphan_confirm_ms)
+    found = Found(confirm_ms=settings.orphan_confirm_ms)
     peers = open_peers(place.bootstrap, settings.rpc_timeout_ms)
     try:
         await store.check()

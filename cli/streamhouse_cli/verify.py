@@ -99,10 +99,10 @@ async def _verify(
             Ports(coordinator=peers.coordinator, store=store, ingest_at=peers.ingest), settings
         ).check_history()
         if history.unreadable:
-            report.findings.insert(0, Finding("damaged", history.refused))
+            report.findings.insert(0, Finding(kind="damaged", what=history.refused))
         elif history.refused:
             what = f"{history.refused}. Agents and sweeps refuse it: bring the metadata back with `streamhouse restore`"
-            report.findings.insert(0, Finding("outdated", what))
+            report.findings.insert(0, Finding(kind="outdated", what=what))
         elif time.time_ns() // 1_000_000 < history.mark.sweep_from_ms:
             report.rest_until(history.mark.sweep_from_ms)
         return report

@@ -35,7 +35,7 @@ READ_BYTES = 8 * 1024 * 1024
 PAGE_KEYS = 1000
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Report:
     """Result of a verification.
 
@@ -67,7 +67,7 @@ class Report:
         self.resting_objects, self.resting_until_ms = len(unregistered), sweep_from_ms if unregistered else 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Partition:
     topic: str
     topic_id: str
@@ -122,7 +122,9 @@ class Verifier:
                 self._report.metadata_rows = part.rows
                 self._report.findings += [_metadata_finding(item) for item in part.differences]
                 if more := part.differing_rows - len(part.differences):
-                    self._report.findings.append(Finding("metadata", f"{more} more rows are not what the events give"))
+                    self._report.findings.append(
+                        Finding(kind="metadata", what=f"{more} more rows are not what the events give")
+                    )
                 return
         raise Unavailable("the coordinator ended its check of the metadata before it had a result")
 
@@ -135,7 +137,12 @@ class Verifier:
                     continue
                 key = (item.topic.topic_id.hex(), item.partition)
                 if key not in found:
-                    found[key] = _Partition(item.topic.topic, key[0], item.partition, item.log_start_offset)
+                    found[key] = _Partition(
+                        topic=item.topic.topic,
+                        topic_id=key[0],
+                        number=item.partition,
+                        log_start_offset=item.log_start_offset,
+                    )
                 found[key].ranges += [range_from_proto(owned) for owned in item.ranges]
                 found[key].segments += segments_from_proto(item.segments)
         if self._topic is not None and not found:
@@ -198,7 +205,7 @@ class Verifier:
             self._report.young_objects += 1
         else:
             what = f"{size_bytes} bytes, {age_ms // 1000} s old, and no segment lies in it"
-            self._report.findings.append(Finding("unregistered", what, object_key=said.object_key))
+            self._report.findings.append(Finding(kind="unregistered", what=what, object_key=said.object_key))
 
     async def _unknown_pages(
         self, partitions: Sequence[_Partition], registered: set[str]
@@ -246,4 +253,4 @@ class SegmentWindow:
 
 def _metadata_finding(item: coordinator_pb2.ProjectionDifference) -> Finding:
     found, expected = item.found_json or "no such row", item.expected_json or "no such row"
-    return Finding("metadata", f"table {item.table}: {found}; its events give {expected}")
+    return Finding(kind="metadata", what=f"table {item.table}: {found}; its events give {expected}")

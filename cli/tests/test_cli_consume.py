@@ -16,7 +16,15 @@ async def fill(platform, address, count):
 
 
 def reading(count_max, position="earliest", *, follow=False):
-    return consume.Reading("t", Position(position), None, "g", follow, count_max, False)
+    return consume.Reading(
+        topic="t",
+        position=Position(position),
+        partition=None,
+        group="g",
+        follow=follow,
+        count_max=count_max,
+        skip_lost=False,
+    )
 
 
 @pytest.fixture

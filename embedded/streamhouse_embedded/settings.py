@@ -20,7 +20,7 @@ class EmbeddedSettings(CommonSettings):
         "", repr=False, description="an external PostgreSQL; empty: the embedded one below data_dir"
     )
     pg_shared_buffers_bytes: int = Field(
-        default_factory=MemoryShare(32, 16 * MIB, 64 * MIB),
+        default_factory=MemoryShare(part=32, least=16 * MIB, most=64 * MIB),
         ge=MIB,
         le=1 << 40,
         description="bytes of the embedded PostgreSQL's page cache; its tables fit many times over",

@@ -57,7 +57,7 @@ class Ready:
     postgres_dsn: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Services:
     """The settings of all services in this process."""
 
@@ -71,11 +71,11 @@ class _Services:
     def load(data_dir: DataDir) -> "_Services":
         """Returns the settings from the environment. Raises SettingsError."""
         return _Services(
-            StoreSettings.load(store_dir=str(data_dir.objects)),
-            CoordinatorSettings.load(amqp_url=""),
-            IngestSettings.load(wal_dir=str(data_dir.wal), agent_id=AGENT_ID),
-            QuerySettings.load(cache_dir=str(data_dir.cache)),
-            SegmenterSettings.load(worker_id=AGENT_ID, amqp_url=""),
+            store=StoreSettings.load(store_dir=str(data_dir.objects)),
+            coordinator=CoordinatorSettings.load(amqp_url=""),
+            ingest=IngestSettings.load(wal_dir=str(data_dir.wal), agent_id=AGENT_ID),
+            query=QuerySettings.load(cache_dir=str(data_dir.cache)),
+            segmenter=SegmenterSettings.load(worker_id=AGENT_ID, amqp_url=""),
         )
 
 

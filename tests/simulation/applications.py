@@ -208,7 +208,7 @@ class Consuming(Application):
             await asyncio.sleep(self._rng.uniform(0, self._work_s))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Membership:
     """The part of a group that all its members share. `polled(application, where)` is called whenever a member was
     given records. sessions_ms: session timeouts, of which each member draws one."""

@@ -35,7 +35,7 @@ STALL_S = 6.0
 POLL_S = 0.1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Company:
     """Which clients are over the SDK. members: of the group; 0: there is none. roaming_readers: those written by hand
     ask another query service each time. churn: members come and go."""
@@ -50,10 +50,14 @@ class Company:
     @classmethod
     def draw(cls, rng: random.Random) -> Company:
         producers = SDK_PRODUCERS if rng.random() < SDK_CHANCE else 0
-        return cls(producers, rng.random() < SDK_CHANCE / 2, rng.choice((2, 3)) if rng.random() < GROUP_CHANCE else 0)
+        return cls(
+            sdk_producers=producers,
+            sdk_reader=rng.random() < SDK_CHANCE / 2,
+            members=rng.choice((2, 3)) if rng.random() < GROUP_CHANCE else 0,
+        )
 
 
-EVERYBODY = Company(SDK_PRODUCERS, sdk_reader=False, members=2)
+EVERYBODY = Company(sdk_producers=SDK_PRODUCERS, sdk_reader=False, members=2)
 
 
 class Crowd:
@@ -114,7 +118,9 @@ class Crowd:
         topics = [target.topic for target in self._targets]
         if number and self._rng.random() < 0.2:
             topics = [self._rng.choice(topics)]
-        membership = Membership(GROUP, topics, self._ownership.polled, self._company.sessions_ms)
+        membership = Membership(
+            group=GROUP, topics=topics, polled=self._ownership.polled, sessions_ms=self._company.sessions_ms
+        )
         return MemberNode(self._around, self._history, f"member-{number}", self._own_luck(), membership)
 
     @property

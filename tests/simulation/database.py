@@ -33,7 +33,7 @@ class _Conflict(Exception):
     """The transaction was chosen to be rolled back."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Rates:
     """Chances per transaction."""
 

@@ -22,7 +22,7 @@ some sector on not what was written. sectors: of what was written in place, each
 Entries = dict[str, "SimFile"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class SimFile:
     """`data` is what reads see. `durable` is what a power cut leaves for certain, `writes` what came since: (at,
     bytes), or (size, None). After an fsync that failed there may be more in `data`: pages that count as clean.
@@ -101,7 +101,7 @@ def _apply(data: bytearray, at: int, new: bytes | None) -> None:
     data[at : at + len(new)] = new
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class SimDisk:
     """One machine's disk: one flat directory of files, which is all a log needs.
 

@@ -152,10 +152,19 @@ class RandomNemesis(Nemesis):
             return rng.choice((0.0, 0.0, rng.uniform(0, most)))
 
         self._around.network.rates = net.Rates(
-            rate(0.05), rate(0.05), rate(0.02), rate(0.1), rng.choice((0.05, 0.5, 3.0))
+            lose_request=rate(0.05),
+            lose_reply=rate(0.05),
+            break_stream=rate(0.02),
+            slow=rate(0.1),
+            slow_s=rng.choice((0.05, 0.5, 3.0)),
         )
         self._around.database.rates = db.Rates(
-            rate(0.05), rate(0.05), rate(0.1), rate(0.5), rate(0.05), rng.choice((0.05, 0.5, 3.0))
+            refuse=rate(0.05),
+            lose_answer=rate(0.05),
+            conflict=rate(0.1),
+            lose_notification=rate(0.5),
+            slow=rate(0.05),
+            slow_s=rng.choice((0.05, 0.5, 3.0)),
         )
         store = self._around.store_rates
         store.faults = {kind: rate(0.15) for kind in FaultKind}

@@ -19,7 +19,7 @@ KEEPALIVE_S = 3.0
 """After so long without an answer a connection is given up, on the scale of the simulation's other time-outs."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Rates:
     """Chances per message. slow_s: of how long a slow one takes at most."""
 

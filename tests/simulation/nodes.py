@@ -38,7 +38,7 @@ SUPERVISOR_RESTART_S = 0.5
 """A process that ended by itself is started again after this, as a supervisor does."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Surroundings:
     """What all nodes share."""
 
@@ -206,7 +206,7 @@ class IngestNode(Node):
 
     def __init__(self, around: Surroundings, name: str) -> None:
         super().__init__(around, name)
-        self.disk = SimDisk(name, around.rng)
+        self.disk = SimDisk(name=name, rng=around.rng)
 
     def may_end_over(self, error: Exception) -> bool:
         """A full disk is no reason once there is a log, which could be given away (G7)."""

@@ -95,7 +95,7 @@ def run_seeds(runner: Runner, workers: Workers, options: argparse.Namespace) -> 
     seeds = seeds_in(options.file) if options.file else range(options.first, options.first + options.seeds)
     profile: str = options.profile or ""
     prefix = f"{profile}-" if profile else ""
-    with closing(workers.show(Run(f"{prefix}seed-{seed}", seed, profile=profile) for seed in seeds)) as shown:
+    with closing(workers.show(Run(name=f"{prefix}seed-{seed}", seed=seed, profile=profile) for seed in seeds)) as shown:
         while not runner.has_enough() and (found := next(shown, None)) is not None:
             runner.tell(found)
 
@@ -117,7 +117,7 @@ def _crashes(node: str, power: bool, options: argparse.Namespace) -> Iterator[Ru
 
     for step in count(options.first, options.every):
         crash = Crash(node, step, power)
-        yield Run(str(crash), options.seed, crash)
+        yield Run(name=str(crash), seed=options.seed, crash=crash)
 
 
 def seeds_in(path: Path) -> list[int]:

@@ -25,7 +25,7 @@ AHEAD_PER_JOB = 2
 """Runs that are handed to a process before it asks: one that it works on, one that waits."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """A simulation to run. `crash`: all that goes wrong, see crash.py. `profile`: see profiles.py; empty: drawn."""
 
@@ -35,7 +35,7 @@ class Run:
     profile: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
     """What a run showed."""
 
@@ -79,7 +79,14 @@ class Worker:
         result = self._simulate(run.seed, run.crash, run.profile)
         if result.anomalies or self._keeping.keep_all:
             self._keep(run.name, result)
-        return Shown(run.name, result.virtual_s, result.steps, result.faults, result.acknowledged, result.anomalies)
+        return Shown(
+            name=run.name,
+            virtual_s=result.virtual_s,
+            steps=result.steps,
+            faults=result.faults,
+            acknowledged=result.acknowledged,
+            anomalies=result.anomalies,
+        )
 
     def _keep(self, name: str, result: Result) -> None:
         logs = self._keeping.logs

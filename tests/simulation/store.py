@@ -18,7 +18,7 @@ ATTEMPTS_DEADLINE_MS = 2_500
 TIMEOUT_MS = 800
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Rates:
     """Chances per request. late: a put that fails takes effect all the same, some time after its caller gave up;
     under_way: how many of these are still to arrive."""

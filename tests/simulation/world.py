@@ -50,7 +50,7 @@ CRASH_S = 2.5
 UNWIND_ROUNDS = 200
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Result:
     """What a seed showed. `log` is the same for the same seed, byte for byte."""
 
@@ -66,7 +66,7 @@ class Result:
 
 class World:
     def __init__(self, seed: int, rng: random.Random, profile: Profile, crash: Crash | None = None) -> None:
-        self.result = Result(seed)
+        self.result = Result(seed=seed)
         self.judged = False
         self.rng = rng
         self.loop = SimLoop(random.Random(rng.getrandbits(64)))
@@ -75,7 +75,13 @@ class World:
         database = Database(self.network, random.Random(rng.getrandbits(64)), clock)
         objects = MemoryStore(now_ms=clock.wall_ms)
         self.around = Surroundings(
-            self.loop, self.network, database, objects, StoreRates(), random.Random(rng.getrandbits(64)), self.log
+            loop=self.loop,
+            network=self.network,
+            database=database,
+            objects=objects,
+            store_rates=StoreRates(),
+            rng=random.Random(rng.getrandbits(64)),
+            log=self.log,
         )
         self.around.range_width_offsets = rng.choice(RANGE_WIDTHS_OFFSETS)
         self.history = History(self.loop.time)

@@ -25,7 +25,7 @@ class IndexMismatch(Exception):
     """An event or a snapshot contradicts the state; a new snapshot replaces the state."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AgentSession:
     """A live session. `wal_id` is empty if not known: snapshots have sessions without the id, only events have it."""
 
@@ -36,7 +36,7 @@ class AgentSession:
     wal_id: str = ""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class TopicEntry:
     """A topic. durable_only: records count as acknowledged once registered, since the topic's ack level is durable."""
 
@@ -46,7 +46,7 @@ class TopicEntry:
     durable_only: bool
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class PartitionIndex:
     """Index of a partition.
 
@@ -234,7 +234,9 @@ class ClusterIndex:
         self.topics[topic.topic] = topic
         for partition in range(topic.partitions):
             key = PartitionKey(topic.topic_id, partition)
-            self.partitions[key] = PartitionIndex(topic.topic_id, topic.topic, partition, topic.durable_only)
+            self.partitions[key] = PartitionIndex(
+                topic_id=topic.topic_id, topic=topic.topic, partition=partition, durable_only=topic.durable_only
+            )
 
     def load_partition(
         self,
@@ -290,16 +292,27 @@ class ClusterIndex:
 
     def _topic_created(self, event: ev.TopicCreated) -> frozenset[PartitionKey]:
         topic_id = _topic_id(event.topic_id)
-        self.add_topic(TopicEntry(topic_id, event.topic, event.partitions, event.min_acks == ACKS_DURABLE))
+        self.add_topic(
+            TopicEntry(
+                topic_id=topic_id,
+                topic=event.topic,
+                partitions=event.partitions,
+                durable_only=event.min_acks == ACKS_DURABLE,
+            )
+        )
         return frozenset(PartitionKey(topic_id, partition) for partition in range(event.partitions))
 
     def _topic_altered(self, event: ev.TopicAltered) -> frozenset[PartitionKey]:
         durable_only = event.min_acks == ACKS_DURABLE  # never changes: the coordinator refuses it
         topic_id = _topic_id(event.topic_id)
-        self.topics[event.topic] = TopicEntry(topic_id, event.topic, event.partitions, durable_only)
+        self.topics[event.topic] = TopicEntry(
+            topic_id=topic_id, topic=event.topic, partitions=event.partitions, durable_only=durable_only
+        )
         new = [PartitionKey(topic_id, number) for number in range(event.partitions_before, event.partitions)]
         for key in new:
-            self.partitions[key] = PartitionIndex(topic_id, event.topic, key.partition, durable_only)
+            self.partitions[key] = PartitionIndex(
+                topic_id=topic_id, topic=event.topic, partition=key.partition, durable_only=durable_only
+            )
         return frozenset(new)
 
     def _topic_deleted(self, event: ev.TopicDeleted) -> frozenset[PartitionKey]:
@@ -314,7 +327,11 @@ class ClusterIndex:
 
     def _session_opened(self, event: ev.SessionOpened) -> frozenset[PartitionKey] | None:
         self.sessions[event.session_id] = AgentSession(
-            event.session_id, event.agent_id, event.role, event.address, event.wal_id
+            session_id=event.session_id,
+            agent_id=event.agent_id,
+            role=event.role,
+            address=event.address,
+            wal_id=event.wal_id,
         )
         return None if event.role == INGEST else frozenset()
 

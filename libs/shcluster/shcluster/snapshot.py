@@ -35,7 +35,7 @@ class SnapshotBuilder:
         cluster.position, cluster.history_id = part.position, part.history_id
         for session in part.sessions:
             self.cluster.sessions[session.session_id] = AgentSession(
-                session.session_id, session.agent_id, session.role, session.address
+                session_id=session.session_id, agent_id=session.agent_id, role=session.role, address=session.address
             )
         for partition in part.partitions:
             try:
@@ -49,7 +49,9 @@ class SnapshotBuilder:
         topic_id = topic.topic_id
         if topic.topic not in self.cluster.topics:
             durable_only = topic.min_acks == ACKS_DURABLE
-            self.cluster.add_topic(TopicEntry(topic_id, topic.topic, topic.partitions, durable_only))
+            self.cluster.add_topic(
+                TopicEntry(topic_id=topic_id, topic=topic.topic, partitions=topic.partitions, durable_only=durable_only)
+            )
         self.cluster.load_partition(
             PartitionKey(topic_id, partition.partition),
             partition.log_start_offset,

@@ -47,11 +47,11 @@ def decode_checked_batches(batches: Sequence[Buffer], headers: Sequence[BatchHea
     counts = np.array([shape.record_count for shape in shapes])
     ends = running_sum(counts)
     return Records(
-        _offsets(parts, shapes, counts, ends),
-        _timestamps(parts, headers, counts, ends),
-        _keys(parts, shapes, ends),
-        _column("values", [p.value_lengths.view for p in parts], [p.values.view for p in parts], ends),
-        _headers(parts, shapes, limits),
+        offsets=_offsets(parts, shapes, counts, ends),
+        timestamps_ms=_timestamps(parts, headers, counts, ends),
+        keys=_keys(parts, shapes, ends),
+        values=_column("values", [p.value_lengths.view for p in parts], [p.values.view for p in parts], ends),
+        headers=_headers(parts, shapes, limits),
     )
 
 

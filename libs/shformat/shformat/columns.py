@@ -181,7 +181,7 @@ class HeadersColumn:
         )
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Records:
     """n records as columns, all of length n. ``headers`` is None when no record has any.
 
@@ -227,11 +227,11 @@ class Records:
     def slice(self, start: int, stop: int) -> Records:
         """Returns records start to stop (positions, not offsets), data as views."""
         return Records(
-            self.offsets[start:stop],
-            self.timestamps_ms[start:stop],
-            self.keys.slice(start, stop),
-            self.values.slice(start, stop),
-            None if self.headers is None else self.headers.slice(start, stop),
+            offsets=self.offsets[start:stop],
+            timestamps_ms=self.timestamps_ms[start:stop],
+            keys=self.keys.slice(start, stop),
+            values=self.values.slice(start, stop),
+            headers=None if self.headers is None else self.headers.slice(start, stop),
         )
 
     @property
@@ -249,11 +249,11 @@ class Records:
         if any(part.headers is not None for part in parts):
             headers = HeadersColumn.concat([part.headers or HeadersColumn.empty(len(part)) for part in parts])
         return Records(
-            np.concatenate([part.offsets for part in parts]),
-            np.concatenate([part.timestamps_ms for part in parts]),
-            BytesColumn.concat([part.keys for part in parts]),
-            BytesColumn.concat([part.values for part in parts]),
-            headers,
+            offsets=np.concatenate([part.offsets for part in parts]),
+            timestamps_ms=np.concatenate([part.timestamps_ms for part in parts]),
+            keys=BytesColumn.concat([part.keys for part in parts]),
+            values=BytesColumn.concat([part.values for part in parts]),
+            headers=headers,
         )
 
 

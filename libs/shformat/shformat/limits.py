@@ -16,7 +16,7 @@ TIMESTAMP_MS_MAX = 253_402_300_799_999
 only: those written before there was a limit are read whatever they say."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FormatLimits:
     """Upper bounds on declared sizes and counts; a declared number above its bound is a FormatError.
 

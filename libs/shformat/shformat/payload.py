@@ -139,11 +139,11 @@ def decode_payload(payload: memoryview, shape: PayloadShape, limits: FormatLimit
     if shape.has_keys:
         keys = _decode_column("keys", parts.key_lengths, parts.keys, count)
     return Records(
-        decode_offsets(parts.gaps, shape),
-        _decode_timestamps(parts.deltas, shape),
-        keys,
-        _decode_column("values", parts.value_lengths, parts.values, count),
-        decode_headers(parts.headers, count, limits) if shape.has_headers else None,
+        offsets=decode_offsets(parts.gaps, shape),
+        timestamps_ms=_decode_timestamps(parts.deltas, shape),
+        keys=keys,
+        values=_decode_column("values", parts.value_lengths, parts.values, count),
+        headers=decode_headers(parts.headers, count, limits) if shape.has_headers else None,
     )
 
 

@@ -42,7 +42,7 @@ SEGMENT_BYTES_MIN = SEGMENT_HEADER_SIZE + BATCH_HEADER_SIZE + INDEX_ENTRY_SIZE +
 _NIL = bytes(16)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentHeader:
     """Topic, partition and offsets [base_offset, end_offset) of a segment. No block has a higher epoch than the
     segment."""
@@ -56,7 +56,7 @@ class SegmentHeader:
     record_count: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentFooter:
     """Position of the index (bytes from the start of the segment) and its checksum."""
 
@@ -66,7 +66,7 @@ class SegmentFooter:
     index_crc: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentInfo:
     """A finished segment, as the registry keeps it. raw_bytes: uncompressed payload bytes of its blocks."""
 
@@ -120,7 +120,15 @@ def decode_segment_header(buffer: Buffer) -> SegmentHeader:
         raise FormatError(f"segment flags are {flags:#04x}, must be 0", 7)
     if codec_id not in set(Codec):
         raise FormatError(f"segment codec is {codec_id}, this reader knows {sorted(Codec)}", 6)
-    header = SegmentHeader(topic_id, partition, Codec(codec_id), epoch, base, end, count)
+    header = SegmentHeader(
+        topic_id=topic_id,
+        partition=partition,
+        codec=Codec(codec_id),
+        epoch=epoch,
+        base_offset=base,
+        end_offset=end,
+        record_count=count,
+    )
     _check_header(header)
     return header
 
@@ -186,7 +194,7 @@ def decode_footer(buffer: Buffer, segment_size_bytes: int, limits: FormatLimits 
         raise FormatError(f"index of {index_size} bytes for {block_count} blocks", at + 8)
     if index_at + index_size != at or index_at < SEGMENT_HEADER_SIZE:
         raise FormatError(f"index at {index_at}, {index_size} bytes, does not end at the footer", at)
-    return SegmentFooter(index_at, index_size, block_count, index_crc)
+    return SegmentFooter(index_at=index_at, index_size_bytes=index_size, block_count=block_count, index_crc=index_crc)
 
 
 # ---- index

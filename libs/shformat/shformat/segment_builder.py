@@ -137,17 +137,22 @@ class SegmentBuilder:
             raise FormatError("a segment of no batches")
         index = SegmentIndex.of(self._entries)
         header = SegmentHeader(
-            self._topic_id,
-            self._partition,
-            self._codec,
-            self._epoch,
-            self._entries[0].first_offset,
-            self._end_offset,
-            index.record_count,
+            topic_id=self._topic_id,
+            partition=self._partition,
+            codec=self._codec,
+            epoch=self._epoch,
+            base_offset=self._entries[0].first_offset,
+            end_offset=self._end_offset,
+            record_count=index.record_count,
         )
         encoded_index = index.encode()
         index_at = SEGMENT_HEADER_SIZE + self._blocks_size_bytes
-        footer = SegmentFooter(index_at, len(encoded_index), len(index), zlib.crc32(encoded_index))
+        footer = SegmentFooter(
+            index_at=index_at,
+            index_size_bytes=len(encoded_index),
+            block_count=len(index),
+            index_crc=zlib.crc32(encoded_index),
+        )
         parts = [encode_segment_header(header), *self._blocks, encoded_index, encode_footer(footer)]
         size_bytes = sum(map(len, parts))
         self._check_size(size_bytes)
@@ -155,17 +160,17 @@ class SegmentBuilder:
 
     def _info(self, header: SegmentHeader, index: SegmentIndex, size_bytes: int) -> SegmentInfo:
         return SegmentInfo(
-            header.topic_id,
-            header.partition,
-            header.epoch,
-            header.base_offset,
-            header.end_offset,
-            header.record_count,
-            self._entries[0].first_timestamp_ms,
-            max(entry.max_timestamp_ms for entry in self._entries),
-            size_bytes,
-            len(index),
-            index.raw_bytes,
+            topic_id=header.topic_id,
+            partition=header.partition,
+            epoch=header.epoch,
+            base_offset=header.base_offset,
+            end_offset=header.end_offset,
+            record_count=header.record_count,
+            first_timestamp_ms=self._entries[0].first_timestamp_ms,
+            max_timestamp_ms=max(entry.max_timestamp_ms for entry in self._entries),
+            size_bytes=size_bytes,
+            block_count=len(index),
+            raw_bytes=index.raw_bytes,
         )
 
     def _check_order(self, header: BatchHeader) -> None:

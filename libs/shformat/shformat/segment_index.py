@@ -32,7 +32,7 @@ INDEX_ENTRY_SIZE = 64
 assert INDEX_ENTRY.itemsize == INDEX_ENTRY_SIZE
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BlockEntry:
     """A block: offsets [first_offset, end_offset), bytes [at, at + size_bytes) from the segment's start. crc covers
     all bytes of the block, base offset and epoch included."""
@@ -57,16 +57,16 @@ class BlockEntry:
     def of(cls, header: BatchHeader, at: int, crc: int) -> BlockEntry:
         """Returns the entry of the block with this batch header at position `at`."""
         return cls(
-            header.base_offset,
-            header.end_offset,
-            at,
-            header.first_timestamp_ms,
-            header.max_timestamp_ms,
-            header.epoch,
-            header.size_bytes,
-            header.record_count,
-            header.uncompressed_bytes,
-            crc,
+            first_offset=header.base_offset,
+            end_offset=header.end_offset,
+            at=at,
+            first_timestamp_ms=header.first_timestamp_ms,
+            max_timestamp_ms=header.max_timestamp_ms,
+            epoch=header.epoch,
+            size_bytes=header.size_bytes,
+            record_count=header.record_count,
+            uncompressed_bytes=header.uncompressed_bytes,
+            crc=crc,
         )
 
 
@@ -92,10 +92,10 @@ class SegmentIndex:
         return len(self._blocks)
 
     def __getitem__(self, position: int) -> BlockEntry:
-        return BlockEntry(*self._blocks[position].item())
+        return _entry(self._blocks[position].item())
 
     def __iter__(self) -> Iterator[BlockEntry]:
-        return (BlockEntry(*row) for row in self._blocks.tolist())
+        return map(_entry, self._blocks.tolist())
 
     def find(self, offset: int) -> int:
         """Returns the position of the block that holds `offset`, or of the next block after it; len(self) past the
@@ -127,3 +127,8 @@ class SegmentIndex:
 
 
 _FIELDS: tuple[str, ...] = INDEX_ENTRY.names or ()
+
+
+def _entry(row: tuple[int, ...]) -> BlockEntry:
+    """Returns a row of the index as an object."""
+    return BlockEntry(**dict(zip(_FIELDS, row, strict=True)))

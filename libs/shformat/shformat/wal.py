@@ -58,7 +58,7 @@ _FIND_MAGIC = re.compile(re.escape(FRAME_MAGIC))
 _NIL = bytes(TOPIC_ID_SIZE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WalFileHeader:
     """Identity of a log (16 bytes, constant on a disk) and number of this file, counted up by the writer.
 
@@ -96,7 +96,7 @@ class WalFrame(NamedTuple):
     continues: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DamagedSpan:
     """Bytes that are not a valid frame. ``lost`` is set if the frame's own header is intact: it names the partition
     and the offsets that can no longer be read."""
@@ -155,7 +155,13 @@ def decode_wal_file_header(buffer: Buffer) -> WalFileHeader:
     previous_size_bytes = 0 if version == 1 else int.from_bytes(buffer[crc_at - 8 : crc_at], "little")
     _check_previous(previous_size_bytes)
     ahead_bytes = flags * WAL_AHEAD_UNIT_BYTES
-    return WalFileHeader(wal_id, sequence, previous_size_bytes, version, ahead_bytes)
+    return WalFileHeader(
+        wal_id=wal_id,
+        sequence=sequence,
+        previous_size_bytes=previous_size_bytes,
+        version=version,
+        ahead_bytes=ahead_bytes,
+    )
 
 
 def _check_file_crc(buffer: Buffer, size_bytes: int) -> int:
@@ -264,7 +270,7 @@ class _Scan:
                 return
             frame = self._header_at(at)
             if isinstance(frame, str):
-                span = DamagedSpan(at, self._next_header(at + 1) - at, frame)
+                span = DamagedSpan(at=at, size_bytes=self._next_header(at + 1) - at, reason=frame)
                 yield span
                 at += span.size_bytes
                 continue
@@ -276,7 +282,7 @@ class _Scan:
                 end = at + frame.size_bytes
                 if not self._is_boundary(end):
                     end = self._next_header(at + 1)
-                yield DamagedSpan(at, end - at, reason, frame)
+                yield DamagedSpan(at=at, size_bytes=end - at, reason=reason, lost=frame)
                 at = end
 
     def _header_at(self, at: int) -> WalFrame | str:

@@ -156,7 +156,9 @@ def test_golden_batches_decode(codec: str) -> None:
 def test_golden_wal_file_decodes(version: int, previous_size_bytes: int, ahead_bytes: int) -> None:
     data = golden(f"wal_v{version}.bin")
     header = decode_wal_file_header(data)
-    assert header == WalFileHeader(TOPIC, 42, previous_size_bytes, version, ahead_bytes)
+    assert header == WalFileHeader(
+        wal_id=TOPIC, sequence=42, previous_size_bytes=previous_size_bytes, version=version, ahead_bytes=ahead_bytes
+    )
     frames = list(scan_frames(data))
     if ahead_bytes:
         assert frames.pop() == SpaceAhead(len(data) - 1024, 1024)

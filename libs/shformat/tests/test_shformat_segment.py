@@ -1,5 +1,6 @@
 """Segments: what goes in as batches comes out by byte ranges; everything else is a FormatError."""
 
+import dataclasses
 import struct
 import zlib
 from collections.abc import Callable
@@ -12,7 +13,6 @@ from shformat import (
     SEGMENT_FOOTER_SIZE,
     SEGMENT_HEADER_SIZE,
     SEGMENT_MAGIC,
-    BlockEntry,
     BuiltSegment,
     Codec,
     FormatError,
@@ -129,7 +129,15 @@ def test_round_trip(shape: list[tuple[int, int, int, Codec]], target: int, codec
     assert (info.base_offset, info.end_offset, info.record_count) == (expected[0], offset, len(expected))
     assert (info.first_timestamp_ms, info.max_timestamp_ms) == (1000 + expected[0], 1000 + expected[-1])
     assert (info.block_count, info.raw_bytes) == (len(index), index.raw_bytes)
-    assert header == SegmentHeader(TOPIC, 4, codec, info.epoch, info.base_offset, info.end_offset, info.record_count)
+    assert header == SegmentHeader(
+        topic_id=TOPIC,
+        partition=4,
+        codec=codec,
+        epoch=info.epoch,
+        base_offset=info.base_offset,
+        end_offset=info.end_offset,
+        record_count=info.record_count,
+    )
     epochs = [entry.epoch for entry in index]
     assert epochs == sorted(epochs)
 
@@ -501,8 +509,8 @@ def test_a_block_of_another_segment_is_refused() -> None:
     _, index = opened(SAMPLE)
     other = batch(0, 5)
     first = index[0]
-    moved = BlockEntry(
-        *[getattr(first, name) for name in BlockEntry.__slots__[:6]], len(other), 5, 1, zlib.crc32(other)
+    moved = dataclasses.replace(
+        first, size_bytes=len(other), record_count=5, uncompressed_bytes=1, crc=zlib.crc32(other)
     )
     with pytest.raises(FormatError, match="block header and index entry differ"):
         run_plan(read_block(moved), lambda at, size_bytes: other)

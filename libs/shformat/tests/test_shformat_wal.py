@@ -92,7 +92,13 @@ def test_file_header_round_trip(wal_id: bytes, sequence: int, previous: int, uni
     encoded = encode_wal_file_header(wal_id, sequence, previous, ahead_bytes)
     assert len(encoded) == WAL_FILE_HEADER_SIZE
     header = decode_wal_file_header(encoded + b"frames")
-    assert header == WalFileHeader(wal_id, sequence, previous, 3 if units else 2, ahead_bytes)
+    assert header == WalFileHeader(
+        wal_id=wal_id,
+        sequence=sequence,
+        previous_size_bytes=previous,
+        version=3 if units else 2,
+        ahead_bytes=ahead_bytes,
+    )
     assert header.size_bytes == WAL_FILE_HEADER_SIZE
 
 
@@ -104,7 +110,7 @@ def version_1(*frames: bytes) -> bytes:
 
 def test_version_1_says_nothing_of_the_file_before() -> None:
     header = decode_wal_file_header(version_1())
-    assert header == WalFileHeader(WAL_ID, 9, previous_size_bytes=0, version=1)
+    assert header == WalFileHeader(wal_id=WAL_ID, sequence=9, previous_size_bytes=0, version=1)
     assert header.size_bytes == WAL_FILE_HEADER_SIZE_V1 == len(version_1())
     assert good(list(scan_frames(version_1(*FRAMES)))) == [0, 2, 3]
 

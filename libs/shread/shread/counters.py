@@ -37,7 +37,7 @@ def _counter(description: str) -> int:
     return field(default=0, metadata={"description": description})
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Counters:
     """Counts since the start of the process. Each is also a metric, `streamhouse_query_<name>`."""
 

@@ -137,7 +137,9 @@ class Lookups:
 
     async def _in_tail(self, partition: PartitionIndex, timestamp_ms: int, offset: int) -> tuple[Found | None, int]:
         """Returns the record found, or None, and the offset to go on at."""
-        fetched = await fetch(self._reads, Want(partition.key, partition.topic, offset, TAIL_BYTES))
+        fetched = await fetch(
+            self._reads, Want(partition=partition.key, topic=partition.topic, offset=offset, bytes_max=TAIL_BYTES)
+        )
         if fetched.waiting_reason:
             raise Unavailable(
                 f"{partition.name}: offsets from {offset} on can not be searched now: {fetched.waiting_reason}",

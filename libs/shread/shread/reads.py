@@ -22,7 +22,7 @@ from shread.segment_reader import SegmentReader
 from shread.tail_polls import TailPolls
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Want:
     """Request for records.
 
@@ -43,7 +43,7 @@ class Want:
     tell_after_ms: float | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Fetched:
     """Whole encoded batches; the first may begin before the requested offset. decoded_bytes: their size decoded, by
     their headers; found_ms: time of the first batch, by the monotonic clock."""

@@ -99,7 +99,7 @@ class Window:
             await self._opened.wait()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """A partition of a subscription. `resolve` finds the partition (StreamHouseError if missing), `respond` makes the
     response of fetched records, with the next_offset to go on at."""
@@ -110,7 +110,7 @@ class Source:
     window: Window = field(default_factory=Window)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Delivery:
     """A response to be sent. `since_ms`: time at which the records existed and were requested; None without records."""
 
@@ -211,11 +211,11 @@ class Subscription:
         try:
             await self._read_on(number, await source.resolve())
         except StreamHouseError as error:
-            self._deliver(number, _Delivery(source.refuse(error), is_last=True))
+            self._deliver(number, _Delivery(response=source.refuse(error), is_last=True))
         except Exception as error:
             log.exception("a partition of a subscription failed with a defect")
             refusal = source.refuse(Internal(f"internal error: {type(error).__name__}: {error}"))
-            self._deliver(number, _Delivery(refusal, is_last=True))
+            self._deliver(number, _Delivery(response=refusal, is_last=True))
 
     async def _read_on(self, number: int, want: Want) -> None:
         window = self._sources[number].window
@@ -258,7 +258,7 @@ class Subscription:
             raise
         reservation.release(keep_bytes=fetched.size_bytes)
         if fetched.batches:
-            self._deliver(number, _Delivery(response, asked_ms, reservation))
+            self._deliver(number, _Delivery(response=response, since_ms=asked_ms, reservation=reservation))
         elif response.waiting_reason not in ("", want.known_reason):
             await self._deliver_and_wait(number, response, None)
         return fetched, response
@@ -282,5 +282,5 @@ class Subscription:
     async def _deliver_and_wait(self, number: int, response: FetchResponse, since_ms: int | None) -> None:
         """Returns once the subscriber has taken the response."""
         taken = asyncio.Event()
-        self._deliver(number, _Delivery(response, since_ms, taken=taken))
+        self._deliver(number, _Delivery(response=response, since_ms=since_ms, taken=taken))
         await taken.wait()

@@ -74,9 +74,9 @@ def batch(base_offset: int, count: int, epoch: int = 1) -> bytes:
 def test_a_tail_must_follow_on() -> None:
     good = [batch(10, 5), batch(15, 5)]
     decoded = [read_batch_header(data).decoded_bytes for data in good]
-    whole = Accepted(good, len(good[0]) + len(good[1]), sum(decoded), 20)
+    whole = Accepted(batches=good, size_bytes=len(good[0]) + len(good[1]), decoded_bytes=sum(decoded), next_offset=20)
     assert accept_batches(good, 10, 1, None) == accept_batches(good, 13, 1, 20) == whole
-    first = Accepted(good[:1], len(good[0]), decoded[0], 15)
+    first = Accepted(batches=good[:1], size_bytes=len(good[0]), decoded_bytes=decoded[0], next_offset=15)
     assert accept_batches(good, 10, 1, 19) == first, "nothing beyond the settled end"
     assert accept_batches(good, 10, 1, None, bytes_max=1, decoded_bytes_max=0) == first, "one batch at least"
     assert accept_batches(good, 10, 1, None, decoded_bytes_max=sum(decoded) - 1) == first, (
@@ -86,7 +86,7 @@ def test_a_tail_must_follow_on() -> None:
     size_bytes = sum(map(len, good))
     assert accept_batches(good, 10, 1, None, bytes_max=size_bytes - 1) == first
     assert accept_batches(good, 10, 1, None, bytes_max=size_bytes) == whole
-    assert accept_batches([], 10, 1, None) == Accepted([], 0, 0, 10)
+    assert accept_batches([], 10, 1, None) == Accepted(batches=[], size_bytes=0, decoded_bytes=0, next_offset=10)
     damaged = bytearray(good[0])
     damaged[-1] ^= 1
     for batches, offset in (

@@ -20,7 +20,7 @@ def segment(epoch: int, base_offset: int, end_offset: int, max_timestamp_ms: int
 
 def partition(status: RangeStatus = RangeStatus.SETTLED) -> PartitionIndex:
     """Epoch 1 wrote offsets 0 to 9, epoch 2 100 to 109, and 10 more that are in no segment."""
-    found = PartitionIndex(b"t" * 16, "orders", 0, durable_only=False)
+    found = PartitionIndex(topic_id=b"t" * 16, topic="orders", partition=0, durable_only=False)
     end = 10 if status is RangeStatus.SETTLED else None
     found.ranges = [
         Range(

@@ -45,7 +45,7 @@ def test_a_reader_waits_at_an_unrecovered_range_and_is_told_how_it_ends() -> Non
             created_ms=0,
         ),
     )
-    cluster.sessions["s"] = AgentSession("s", "", "ingest", "127.0.0.1:1")
+    cluster.sessions["s"] = AgentSession(session_id="s", agent_id="", role="ingest", address="127.0.0.1:1")
     unrecovered = Range(
         epoch=9,
         start_offset=0,
@@ -67,7 +67,7 @@ def test_a_restore_costs_a_snapshot() -> None:
         cluster.apply(1, ev.HistoryBegan(history_id="new", restored_from="old", backup="backup", backup_position=0))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ModelRange:
     epoch: int
     agent: str
@@ -83,7 +83,7 @@ class ModelRange:
         return self.acked_end if self.end is None else min(self.acked_end, self.end)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Model:
     log_start: int = 0
     ranges: list[ModelRange] = field(default_factory=list)
@@ -174,7 +174,11 @@ class PlanMachine(RuleBasedStateMachine):
         if before is not None and before.status == "lost":
             start = before.limit
         epoch = 1 if before is None else before.epoch + 1
-        self.model.ranges.append(ModelRange(epoch, agent, start, start + WIDTH, start, start))
+        self.model.ranges.append(
+            ModelRange(
+                epoch=epoch, agent=agent, start=start, limit=start + WIDTH, acked_end=start, registered_end=start
+            )
+        )
         self.apply(
             ev.EpochGranted(
                 topic_id=TOPIC_ID,

@@ -88,7 +88,7 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryShare:
     """Default of a setting: 1/part of the memory limit, from `least` to `most`. `unit`: bytes per unit of the
     setting; the value is in these units."""

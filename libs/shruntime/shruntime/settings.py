@@ -121,7 +121,7 @@ class CommonSettings(BaseSettings):
         "that one machine cannot shut out the others",
     )
     receive_window_bytes: int = Field(
-        default_factory=MemoryShare(512, 256 * 1024, 16 * MIB),
+        default_factory=MemoryShare(part=512, least=256 * 1024, most=16 * MIB),
         ge=64 * 1024,
         le=16 * MIB,
         description="bytes of one stream, and of one connection, that a client may send before they are looked at: a "

@@ -115,8 +115,8 @@ def test_the_least_of_the_machine_and_all_groups_counts(
 class ProbeSettings(CommonSettings):
     service: ClassVar[str] = "memory-probe"
 
-    probe_bytes: int = Field(default_factory=MemoryShare(8, 16 * MIB, 128 * MIB))
-    probe_entries: int = Field(default_factory=MemoryShare(2, 1, 4, unit=100 * MIB))
+    probe_bytes: int = Field(default_factory=MemoryShare(part=8, least=16 * MIB, most=128 * MIB))
+    probe_entries: int = Field(default_factory=MemoryShare(part=2, least=1, most=4, unit=100 * MIB))
 
 
 @pytest.mark.parametrize(

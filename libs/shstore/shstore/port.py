@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:
     """A stored object, as the store knows it. `etag` is opaque: equal etags of a key mean equal bytes."""
 

@@ -62,22 +62,22 @@ class IngestSettings(CommonSettings):
         description="bytes written with one fsync: about 10 ms of a disk's bandwidth",
     )
     memory_bytes_max: int = Field(
-        default_factory=MemoryShare(8, 16 * MIB, 512 * MIB),
+        default_factory=MemoryShare(part=8, least=16 * MIB, most=512 * MIB),
         ge=1 * MIB,
         description="bytes of batches held in memory; beyond, they are read from the log again when asked for",
     )
     tail_cache_bytes: int = Field(
-        default_factory=MemoryShare(64, MIB, 64 * MIB),
+        default_factory=MemoryShare(part=64, least=MIB, most=64 * MIB),
         ge=0,
         description="bytes of registered batches kept for readers that are just behind: one sealed buffer",
     )
     queue_bytes_max: int = Field(
-        default_factory=MemoryShare(32, 16 * MIB, 64 * MIB),
+        default_factory=MemoryShare(part=32, least=16 * MIB, most=64 * MIB),
         ge=64 * 1024,
         description="bytes waiting to be written, beyond which producers are refused: eight groups",
     )
     connection_bytes_in_flight_max: int = Field(
-        default_factory=MemoryShare(64, 8 * MIB, 32 * MIB),
+        default_factory=MemoryShare(part=64, least=8 * MIB, most=32 * MIB),
         ge=64 * 1024,
         description="bytes of one connection's requests that may be unanswered, beyond which it is refused, or read no "
         "further: half of the queue, so that one client cannot fill it",
@@ -90,13 +90,13 @@ class IngestSettings(CommonSettings):
         "connections have their turns",
     )
     checks_queue_bytes_max: int = Field(
-        default_factory=MemoryShare(64, 8 * MIB, 32 * MIB),
+        default_factory=MemoryShare(part=64, least=8 * MIB, most=32 * MIB),
         ge=64 * 1024,
         description="bytes of large batches that wait to be checked, beyond which producers are refused: half of what "
         "may then wait to be written",
     )
     batch_bytes_max: int = Field(
-        default_factory=MemoryShare(128, 2 * MIB, 16 * MIB),
+        default_factory=MemoryShare(part=128, least=2 * MIB, most=16 * MIB),
         ge=1024,
         le=16 * MIB,
         description="bytes of one record batch; the format's own limit is 16 MiB. Each connection may have one in "
@@ -112,7 +112,7 @@ class IngestSettings(CommonSettings):
         description="idempotent producers remembered per partition, 130 bytes each in each sealed buffer",
     )
     seal_bytes: int = Field(
-        default_factory=MemoryShare(64, MIB, 64 * MIB),
+        default_factory=MemoryShare(part=64, least=MIB, most=64 * MIB),
         ge=64 * 1024,
         le=256 * MIB,
         description="bytes of one partition that make a segment: S3 likes large objects",
@@ -143,7 +143,7 @@ class IngestSettings(CommonSettings):
         256, ge=1, le=100_000, description="requests of one ProduceStream that may be unanswered"
     )
     stream_bytes_in_flight_max: int = Field(
-        default_factory=MemoryShare(128, 4 * MIB, 16 * MIB),
+        default_factory=MemoryShare(part=128, least=4 * MIB, most=16 * MIB),
         ge=1024,
         description="bytes of one ProduceStream that may be unanswered: a quarter of the queue",
     )

@@ -135,12 +135,12 @@ class QueryApi:
         _check_topic_id(request.topic_id)
         partition = await self._reads.index_catch_up.find(request.topic, request.partition, request.topic_id)
         return Want(
-            partition.key,
-            partition.topic,
-            request.offset,
-            bytes_max,
-            request.min_bytes,
-            request.max_wait_ms,
+            partition=partition.key,
+            topic=partition.topic,
+            offset=request.offset,
+            bytes_max=bytes_max,
+            bytes_min=request.min_bytes,
+            max_wait_ms=request.max_wait_ms,
             tell_after_ms=_tell_after_ms(),
         )
 
@@ -176,10 +176,20 @@ class QueryApi:
             _check("offset", position.offset, 0, INT64_MAX)
             _check_topic_id(position.topic_id)
             partition = await self._reads.index_catch_up.find(position.topic, position.partition, position.topic_id)
-            return Want(partition.key, partition.topic, position.offset, self._bytes_max(request.max_bytes))
+            return Want(
+                partition=partition.key,
+                topic=partition.topic,
+                offset=position.offset,
+                bytes_max=self._bytes_max(request.max_bytes),
+            )
 
         window = Window(position.window_bytes if position.HasField("window_bytes") else None)
-        return Source(resolve, lambda want, fetched: self._respond(want, fetched, request.format), refuse, window)
+        return Source(
+            resolve=resolve,
+            respond=lambda want, fetched: self._respond(want, fetched, request.format),
+            refuse=refuse,
+            window=window,
+        )
 
     async def _look_up(self, lookup: query_pb2.OffsetLookup) -> Found:
         _check_topic_id(lookup.topic_id)

@@ -38,13 +38,13 @@ class QuerySettings(StoreSettings):
         description="chunks fetched ahead of a sequential reader at most; 4 x 4 MiB hide 100 ms at 160 MB/s",
     )
     downloads_in_flight_max: int = Field(
-        default_factory=MemoryShare(16, 2, 16, unit=4 * MIB),
+        default_factory=MemoryShare(part=16, least=2, most=16, unit=4 * MIB),
         ge=1,
         le=1024,
         description="downloads at once, each one chunk of memory: 16 x 4 MiB",
     )
     segment_index_cache_entries: int = Field(
-        default_factory=MemoryShare(32, 10_000, 1_000_000, unit=80),
+        default_factory=MemoryShare(part=32, least=10_000, most=1_000_000, unit=80),
         ge=1,
         le=100_000_000,
         description="block entries kept in memory, 80 bytes each; one per MiB of records, so this is about 1 TB of log",
@@ -79,13 +79,13 @@ class QuerySettings(StoreSettings):
         1_000, ge=1, le=100_000, description="partitions of one subscription; each may hold one batch in memory"
     )
     subscribe_buffer_bytes: int = Field(
-        default_factory=MemoryShare(64, MIB, 32 * MIB),
+        default_factory=MemoryShare(part=64, least=MIB, most=32 * MIB),
         ge=MIB,
         le=1 << 32,
         description="bytes read ahead of one subscriber that does not keep up",
     )
     subscribe_connection_bytes: int = Field(
-        default_factory=MemoryShare(16, 16 * MIB, 128 * MIB),
+        default_factory=MemoryShare(part=16, least=16 * MIB, most=128 * MIB),
         ge=MIB,
         le=1 << 40,
         description="bytes read ahead of all subscribers on one connection; many consumers in a process share one",
@@ -105,7 +105,7 @@ class QuerySettings(StoreSettings):
         "their turns",
     )
     decode_queue_bytes_max: int = Field(
-        default_factory=MemoryShare(32, 8 * MIB, 64 * MIB),
+        default_factory=MemoryShare(part=32, least=8 * MIB, most=64 * MIB),
         ge=MIB,
         le=1 << 40,
         description="bytes of batches that wait for that, beyond which callers are told to come again",

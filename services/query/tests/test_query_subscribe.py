@@ -437,14 +437,18 @@ async def test_a_partition_that_fails_with_its_records_gives_its_bytes_back(
 
     def source(number: int) -> Source:
         async def resolve() -> Want:
-            return Want(service._index.find("orders", number).key, "orders", 0, 1 << 20)
+            return Want(
+                partition=service._index.find("orders", number).key, topic="orders", offset=0, bytes_max=1 << 20
+            )
 
         async def respond(want: Want, fetched: Fetched) -> query_pb2.FetchResponse:
             if not number:
                 raise DataLoss("cannot be decoded")
             return query_pb2.FetchResponse(partition=number, batches=fetched.batches, next_offset=fetched.next_offset)
 
-        return Source(resolve, respond, lambda error: query_pb2.FetchResponse(error=error.to_detail()))
+        return Source(
+            resolve=resolve, respond=respond, refuse=lambda error: query_pb2.FetchResponse(error=error.to_detail())
+        )
 
     subscription = Subscription(
         service.api._reads, [source(0), source(1)], budgets=[ByteBudget(1 << 20)], heartbeat_ms=1_000
@@ -531,7 +535,7 @@ async def test_deliveries_are_timed_from_the_records_being_there_to_their_stream
     service.api._reads.clock = clock
 
     async def resolve() -> Want:
-        return Want(service._index.find("orders", 0).key, "orders", 0, 1 << 20)
+        return Want(partition=service._index.find("orders", 0).key, topic="orders", offset=0, bytes_max=1 << 20)
 
     async def respond(want: Want, fetched: Fetched) -> query_pb2.FetchResponse:
         clock.advance(7)
@@ -539,7 +543,9 @@ async def test_deliveries_are_timed_from_the_records_being_there_to_their_stream
             batches=fetched.batches, next_offset=fetched.next_offset, high_watermark=fetched.high_watermark
         )
 
-    source = Source(resolve, respond, lambda error: query_pb2.FetchResponse(error=error.to_detail()))
+    source = Source(
+        resolve=resolve, respond=respond, refuse=lambda error: query_pb2.FetchResponse(error=error.to_detail())
+    )
     subscription = Subscription(service.api._reads, [source], budgets=[ByteBudget(1 << 20)], heartbeat_ms=10_000)
     async with contextlib.aclosing(subscription.responses(Requests())) as responses:
         got = await until(responses, lambda response: not response.batches)  # the word that there is no more

@@ -38,7 +38,7 @@ class SegmenterSettings(StoreSettings):
         description="ms between looks for buffers that no event told about; one cheap query each",
     )
     builds_in_flight_max: int = Field(
-        default_factory=MemoryShare(2, 1, 2, unit=320 * MIB),
+        default_factory=MemoryShare(part=2, least=1, most=2, unit=320 * MIB),
         ge=1,
         le=64,
         description="buffers built at once; one compresses while another uploads",
@@ -54,7 +54,7 @@ class SegmenterSettings(StoreSettings):
         description="uncompressed bytes of a segment's block: what one cached read fetches",
     )
     segment_bytes_target: int = Field(
-        default_factory=MemoryShare(64, MIB, 64 * MIB),
+        default_factory=MemoryShare(part=64, least=MIB, most=64 * MIB),
         ge=64 * 1024,
         le=256 * MIB,
         description="bytes of small slices put together into one object; a larger slice is an object of its own",
@@ -98,13 +98,13 @@ class SegmenterSettings(StoreSettings):
 
     compaction_interval_ms: int = Field(60_000, ge=50, le=86_400_000, description="ms between looks for small segments")
     compaction_small_bytes_max: int = Field(
-        default_factory=MemoryShare(128, MIB, 16 * MIB),
+        default_factory=MemoryShare(part=128, least=MIB, most=16 * MIB),
         ge=1024,
         le=1024 * MIB,
         description="bytes below which a segment is worth merging; at most half of the target",
     )
     compaction_target_bytes: int = Field(
-        default_factory=MemoryShare(32, 4 * MIB, 64 * MIB),
+        default_factory=MemoryShare(part=32, least=4 * MIB, most=64 * MIB),
         ge=4096,
         le=512 * MIB,
         description="bytes of a merged segment, about",

@@ -18,7 +18,7 @@ class ReadSegment:
     segment: Segment
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReadTail:
     """The offset is not registered yet: ask the agent. Nothing at or beyond `end_offset` (None: unknown) may be
     served. `newest`: the range is the partition's last, so that the high watermarks of both are equal. `reason`:
@@ -60,7 +60,7 @@ class BeyondEnd:
     high_watermark: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lost:
     """Offsets [base_offset, end_offset) are gone for good; records go on at next_offset."""
 
@@ -120,7 +120,13 @@ def _plan(cluster: ClusterIndex, partition: PartitionIndex, offset: int) -> Step
 
 def _lost_segment(partition: PartitionIndex, segment: Segment) -> Lost:
     following = next_readable(partition, segment.end_offset)
-    return Lost(segment.base_offset, segment.end_offset, following, segment.lost_reason, segment.object_key)
+    return Lost(
+        base_offset=segment.base_offset,
+        end_offset=segment.end_offset,
+        next_offset=following,
+        reason=segment.lost_reason,
+        object_key=segment.object_key,
+    )
 
 
 def _lost_range(partition: PartitionIndex, current: Range, offset: int) -> Lost:
@@ -130,7 +136,7 @@ def _lost_range(partition: PartitionIndex, current: Range, offset: int) -> Lost:
         "and did not upload was given up"
     )
     following = next_readable(partition, current.end_offset)
-    return Lost(current.registered_end, current.end_offset, following, reason)
+    return Lost(base_offset=current.registered_end, end_offset=current.end_offset, next_offset=following, reason=reason)
 
 
 def _unnamed(partition: PartitionIndex, current: Range, offset: int) -> Lost:
@@ -138,7 +144,12 @@ def _unnamed(partition: PartitionIndex, current: Range, offset: int) -> Lost:
     silence."""
     after = partition.segment_after(offset)
     end = after.base_offset if after and after.base_offset < current.registered_end else current.registered_end
-    return Lost(offset, end, next_readable(partition, end), "registered, but no segment holds these offsets")
+    return Lost(
+        base_offset=offset,
+        end_offset=end,
+        next_offset=next_readable(partition, end),
+        reason="registered, but no segment holds these offsets",
+    )
 
 
 def next_readable(partition: PartitionIndex, offset: int) -> int:
@@ -201,7 +212,14 @@ def _unregistered(cluster: ClusterIndex, partition: PartitionIndex, position: in
     address = cluster.address_of(current.agent_id, current.wal_id) if current.wal_id else ""
     if not address:
         return Wait(reason or _no_session(partition, current))
-    return ReadTail(current.epoch, current.agent_id, address, current.end_offset, newest, reason)
+    return ReadTail(
+        epoch=current.epoch,
+        agent_id=current.agent_id,
+        address=address,
+        end_offset=current.end_offset,
+        newest=newest,
+        reason=reason,
+    )
 
 
 def _reason(partition: PartitionIndex, current: Range, newest: bool) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from shformat import FormatError, check_batch, read_batch_header
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
     batches: list[bytes]
     size_bytes: int
@@ -60,4 +60,4 @@ def accept_batches(
         size_bytes += len(batch)
         decoded_bytes += header.decoded_bytes
         next_offset = header.end_offset
-    return Accepted(accepted, size_bytes, decoded_bytes, next_offset)
+    return Accepted(batches=accepted, size_bytes=size_bytes, decoded_bytes=decoded_bytes, next_offset=next_offset)

@@ -217,7 +217,7 @@ class _Files:
                 if ahead_bytes:
                     self._add(buffer, sequence, frames)
                     return tail, item.at
-                item = DamagedSpan(item.at, item.size_bytes, "zeros")
+                item = DamagedSpan(at=item.at, size_bytes=item.size_bytes, reason="zeros")
             if isinstance(item, DamagedSpan):
                 self._add(buffer, sequence, frames)
                 frames = []
