@@ -239,6 +239,7 @@ class Feed:
             # By index from the end: a deque has no slices, and is reached quickly only near its ends.
             count = self._position - at
             return [self._recent[index] for index in range(len(self._recent) - count, len(self._recent))]
+        # Behind the events in memory, a follower reads for itself, and holds up no other.
         return await self._store.read_events(at, self._batch)
 
 
@@ -263,6 +264,7 @@ class _Signal:
         self._waiting: asyncio.Future[None] | None = None
 
     def set(self) -> None:
+        # A new future for the next change: tasks that look and wait again must not find this future done.
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             waiting.set_result(None)

@@ -73,6 +73,7 @@ class Listener:
             await connection.add_listener(EVENTS_CHANNEL, self._on_event)
             await connection.add_listener(GROUPS_CHANNEL, self._on_group)
             await connection.add_listener(BUFFERS_CHANNEL, self._on_buffer)
+            # After LISTEN has worked: a server that takes connections and then fails must not be asked without a pause.
             backoff.reset()
             self._hears = True
             self._events_changed()

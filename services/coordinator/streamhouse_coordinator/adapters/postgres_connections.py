@@ -193,6 +193,8 @@ class Connections:
         since_s = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout_at(until_s):
+                # Before the pool: there are as many slots as connections, so acquire() waits for a new connection at
+                # most.
                 await self._slots.take(call)
         except TimeoutError as error:
             raise self.timed_out_waiting(

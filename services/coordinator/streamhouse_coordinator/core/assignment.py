@@ -80,6 +80,7 @@ def share(
     for (topic_id, session_id), led in held.items():
         if topic_id in rows and session_id in columns:
             count[rows[topic_id], columns[session_id]] = led
+        # A session that may lead nothing, as with a full disk, hands over all that it leads.
         elif led:
             surplus[topic_id, session_id] = led
     if not sessions:
@@ -87,6 +88,7 @@ def share(
     loads = np.array([others.get(row.session_id, 0) for row in sessions], np.int64)
     difference = _parts(count, np.array([sizes[topic_id] for topic_id in topics], np.int64), loads) - count
     missing = {}
+    # Only the cells that differ: of thousands of topics nearly all are balanced.
     for row, column in np.argwhere(difference).tolist():
         key, more = (topics[row], sessions[column].session_id), int(difference[row, column])
         if more > 0:
@@ -113,6 +115,7 @@ def _extras(above: Flags, extras: Numbers, loads: Numbers) -> tuple[Flags, Numbe
     save."""
     has_extra, holders = above.copy(), above.sum(1)
     totals: Numbers = loads + has_extra[holders <= extras].sum(0)
+    # Topics without a choice are in the totals already; the others follow, each choice with the totals so far.
     for row in np.flatnonzero(holders > extras):
         kept = _lowest(totals, np.flatnonzero(above[row]), int(extras[row]))
         has_extra[row] = False
@@ -139,6 +142,7 @@ def _even_out(has_extra: Flags, above: Flags, totals: Numbers) -> None:
     """
     least, larger = divmod(int(totals.sum()), len(totals))
     target = np.full(len(totals), least)
+    # The larger targets go to the agents with the largest totals: fewer partitions have to move.
     target[np.lexsort((np.arange(len(totals)), -totals))[:larger]] += 1
     for at_a_cost in (False, True):
         for source in np.flatnonzero(totals > target):

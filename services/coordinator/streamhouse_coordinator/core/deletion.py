@@ -44,6 +44,7 @@ class DeletionGrace:
 def judge(state: ObjectState, now_ms: int, grace: DeletionGrace) -> Verdict:
     """Returns the verdict on an object. REFERENCED and DECLARED are refusals; the caller has to ask again about a
     NOTICED object."""
+    # Before all else: no age of a declaration makes a part of the log an orphan.
     if state.referenced:
         return Verdict.REFERENCED
     if state.intent is not None and not is_stale(state, now_ms, grace):

@@ -61,6 +61,7 @@ def rebalance(
     free = {name_of(topic, number) for topic in partitions if readers[topic] for number in range(partitions[topic])}
     target: dict[str, set[PartitionName]] = {member: set() for member in topics}
     for member in sorted(topics):
+        # Kept before anything is handed out: a partition that stays with its member is read without a pause.
         own = {name for name in previous.get(member, ()) if name in free and split_name(name)[0] in topics[member]}
         target[member] = own
         free -= own
@@ -145,6 +146,7 @@ def available(group: Group, member: str) -> tuple[frozenset[PartitionName], bool
     """Returns the partitions that `member` may work on now, and True if others have not released all of the target
     yet."""
     target = group.target.get(member, frozenset())
+    # By the reports of the owners, not the target: a member works on a partition until it says otherwise, or has left.
     held = frozenset(name for other, names in group.owned.items() if other != member for name in names)
     return target - held, bool(target & held)
 

@@ -348,6 +348,7 @@ def coalesce(ops: Iterable[RowOp]) -> list[list[RowOp]]:
         else:
             table_ops[key] = _merge(table_ops.get(key), op)
     groups += [group for table_ops in pending.values() for group in _grouped(table_ops.values())]
+    # The sort is stable: the groups of a table stay in their order.
     return sorted(groups, key=lambda group: t.lock_rank(group[0].table))
 
 
@@ -369,6 +370,7 @@ def _merge(before: RowOp | None, op: RowOp) -> RowOp:
     # A change of a removed row has no effect.
     if isinstance(op, Set) and isinstance(before, Remove):
         return before
+    # A later Put or Remove replaces any earlier operation on the row.
     return op
 
 

@@ -109,6 +109,7 @@ def decide(
             latest = reach_of(agent, reports, by_session, now_ms, replace(reach_times, fresh_ms=now_ms))
             heard = reach.reaching or not workers
             if heard and not is_cut_off(latest, workers) and _is_held(latest, before, now_ms, reach_times):
+                # Counts at once for the agents that follow: at most half of them are cut off after this decision.
                 cut_off_ids.discard(name)
                 events.append(AgentReachable(name, agent.session_id, now_ms))
         elif (
@@ -144,6 +145,7 @@ def _is_held(reach: Reach, row: CutOffRow, now_ms: int, reach_times: ReachTimes)
 def _has_another(
     agent: SessionRow, agents: Sequence[SessionRow], now: Mapping[str, Reach], cut_off_ids: Collection[str]
 ) -> bool:
+    # Reporters that reach no agent have lost their own network: moving partitions would help no reader.
     reporters = {row.session_id for row in now[agent.agent_id].failing}
     return any(
         not reporters & {row.session_id for row in now[other.agent_id].failing}

@@ -19,6 +19,7 @@ def retain(
     reasons = set()
     for segment in oldest:
         why = _why(topic, segment, size_bytes, now_ms)
+        # The first segment to keep ends the removal: the log loses its beginning, never a part in the middle.
         if not why:
             break
         reasons.add(why)

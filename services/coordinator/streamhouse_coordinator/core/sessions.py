@@ -121,6 +121,7 @@ def open_session(
             if wal_ends.torn
             else settle_all(own, wal_ends, known, opened.session_id)
         )
+    # Last: a follower never sees two sessions of the same log.
     return [*events, opened]
 
 
@@ -173,6 +174,7 @@ def _truncated(row: RangeRow, log_end: int, acknowledged_end: int) -> list[Event
     """Returns the events for a log that lacks announced records: an older copy of the log came back, and the rest may
     still exist."""
     events: list[Event] = end_leadership([row], durable_topics=())
+    # Told once, however often the same log is opened again.
     if row.acknowledged_end != acknowledged_end:
         events.append(
             LogFoundTruncated(
@@ -312,6 +314,7 @@ def settled_snapshots(
         said = declared.snapshots.get(row.key, b"")
         if said and row.end_offset == declared.ends[row.key] > row.registered_end:
             partition = row.topic_id, row.partition
+            # Ranges of a partition that settle together: the later continues from the state of the earlier.
             here = [item for item in rows if (item.topic_id, item.partition) == partition]
             before = snapshot_for(row, [*known.get(partition, ()), *here])
             whole = before + said if len(before) + len(said) <= SNAPSHOT_BYTES_MAX else said

@@ -425,17 +425,17 @@ EVENTS = Table(name="events", row=EventRow, key=("position",))
 # lock of another row: that of their range or partition (segments, lost spans, buffers), or of their group. The rules
 # are in service/common.py.
 LOCK_ORDER: tuple[Table[Any], ...] = (
-    TOPICS,
-    RANGES,
-    PARTITIONS,
-    BUFFER_CLAIMS,
+    TOPICS,  # alteration and deletion, shared with commits of offsets
+    RANGES,  # registration, and all that ends or extends an epoch
+    PARTITIONS,  # for the segments of a partition: compaction, retention, deletion of records
+    BUFFER_CLAIMS,  # for the buffer: a registration may complete the buffer
     COMPACTION_CLAIMS,
-    UPLOAD_INTENTS,
+    UPLOAD_INTENTS,  # for the object: registration against deletion (decision 0007)
     DELETIONS,
     PRODUCER_SNAPSHOTS,
     GROUP_OFFSETS,
     SWEEPS,
-    SESSION_LEASES,
+    SESSION_LEASES,  # last: a heartbeat holds a single lease and nothing else
 )
 _LOCK_RANKS = {table.name: rank for rank, table in enumerate(LOCK_ORDER)}
 

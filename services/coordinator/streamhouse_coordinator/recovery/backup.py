@@ -82,6 +82,7 @@ async def _pages(snapshot: Snapshot, table: t.Table[Any]) -> AsyncIterator[Seque
     after: tuple[Any, ...] | None = None
     while rows := await snapshot.select(table, Where(equals={}, after=after), order=table.key, limit=fmt.CHUNK_ROWS):
         yield rows
+        # By key, not by number: each page is an index scan, however large the table.
         after = table.key_of(rows[-1])
 
 

@@ -120,6 +120,7 @@ def decode_chunk(chunk: Chunk, body: bytes) -> list[Any]:
         raise BackupDamaged(f"{chunk.key}: not the bytes that the manifest names")
     unpacker = zlib.decompressobj(31)
     try:
+        # A byte more than the manifest says, to see if there are more: a damaged chunk cannot exhaust the memory.
         raw = unpacker.decompress(body, chunk.raw_bytes + 1)
         table = BY_NAME[chunk.table]
         rows = [table.row_of(json.loads(line)) for line in raw.splitlines()]

@@ -54,6 +54,7 @@ def check_log(
     `known_topic_ids`: ids of topics that exist or existed.
     """
     for topic_id, partition, epoch in sorted(declared):
+        # A known topic without this partition was deleted: its records may be dropped, whatever their epoch.
         known = granted.get((topic_id, partition), 0 if topic_id not in known_topic_ids else epoch)
         if epoch > known:
             raise MetadataWentBack(

@@ -224,6 +224,7 @@ async def _adopt(
     # Before the topics are read: partitions of topics younger than the backup are restored like the others.
     await _recover_topics(tx, fresh, report)
     topics = {row.topic_id: row for row in await tx.select(t.TOPICS)}
+    # Lost segments have no object, and stay as they are.
     present = {row.segment_id for row in known if row.lost_reason or _is_there(row, objects.sizes)}
     candidates = stored.by_partition([item for item in fresh if item.segment.topic_id in topics])
     segments = _grouped(known)

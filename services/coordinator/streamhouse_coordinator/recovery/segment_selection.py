@@ -169,8 +169,8 @@ class _Search:
             item for item in self._usable if item.base_offset >= following and self._owner(item.base_offset) == epoch
         ]
         self._found.stranded += gone
-        kept = {id(item) for item in gone}
-        self._usable = [item for item in self._usable if id(item) not in kept]
+        stranded = {id(item) for item in gone}
+        self._usable = [item for item in self._usable if id(item) not in stranded]
 
     def _owner(self, offset: int) -> int | None:
         """Returns the last epoch that starts at or below `offset`; starts ascend with the epochs."""
@@ -185,6 +185,7 @@ class _Search:
         if position < len(self._epochs) and self._starts[self._epochs[position]] < span.end_offset:
             return True
         row = self._ranges.get(span.epoch)
+        # Younger than the backup: only the epochs behind it limit its offsets.
         if row is None:
             return False
         end = row.registered_end if row.status == LOST else row.end_offset

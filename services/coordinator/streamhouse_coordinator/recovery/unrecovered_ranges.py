@@ -92,6 +92,7 @@ def _claim(rows: list[RangeRow], at: int, item: Reported, agent_id: str, wal_id:
     """Claims a known range for the agent; records of the log beyond its limit are taken out of the unrecovered range
     that follows."""
     row = rows[at]
+    # Settled and lost ranges have their ends, and the range of another log can only grow by that log.
     if row.status != ORPHANED or row.wal_id not in ("", wal_id):
         return
     row = replace(row, agent_id=agent_id, wal_id=wal_id)
