@@ -180,7 +180,7 @@ def _row(part: PartitionReport) -> tuple[object, ...]:
 def _complete(bootstrap: str, *, lost: bool, dry_run: bool, reason: str, yes: bool, as_json: bool) -> None:
     waiting = run(lambda: _call(bootstrap, lost, True, reason))
     if not waiting.unrecovered_ranges:
-        click.echo("nothing is left of a restore: readers wait for nobody", err=as_json)
+        click.echo("no unrecovered ranges are left: readers wait for no agent", err=as_json)
     elif not (yes and as_json):
         rows = [
             (item.topic, item.partition, item.range.registered_end) for item in waiting.unrecovered_ranges[:ROWS_MAX]

@@ -202,12 +202,12 @@ class CoordinatorApi:
         reached = messages.agents_reached(request.agents)
         version, extended = await sessions.heartbeat(self._context, session_id, low, log_full)
         # After the lease is renewed: a failing report must not cost the worker its session.
-        doubted = await reach.report(self._context, session_id, reached) if request.checks_agents else []
+        to_check = await reach.report(self._context, session_id, reached) if request.checks_agents else []
         return pb.HeartbeatResponse(
             ttl_ms=self._settings.session_ttl_ms,
             grants_version=version,
             extended=[messages.range_grant(grant) for grant in extended],
-            check=[pb.AgentAddress(agent_id=row.agent_id, address=row.address) for row in doubted],
+            check=[pb.AgentAddress(agent_id=row.agent_id, address=row.address) for row in to_check],
         )
 
     async def get_grants(self, request: pb.GetGrantsRequest) -> pb.GetGrantsResponse:

@@ -87,7 +87,7 @@ class Probe:
         except ConnectionRefusedError:
             return True
         except (OSError, TimeoutError, ValueError) as error:
-            log.info("cannot tell whether the agent at %s is alive: %s", address, error)
+            log.info("not known if the agent at %s is alive: %s", address, error)
         return False
 
     async def _connect(self, address: str) -> None:
@@ -107,7 +107,7 @@ class Probe:
                 described = await self._describe_agent(session.address)
             return described.session_id == session.session_id
         except (StreamHouseError, OSError, TimeoutError, ValueError) as error:
-            log.info("nobody at %s has session %s: %s", session.address, session.session_id, error)
+            log.info("no process at %s has session %s: %s", session.address, session.session_id, error)
             return False
 
 

@@ -44,7 +44,7 @@ _cut_off = _meter.create_gauge(
     "streamhouse_coordinator_agents_cut_off", description="agents that workers cannot reach: they lead nothing"
 )
 _ranges_lost = counter(
-    _meter, "streamhouse_coordinator_ranges_lost_total", "ranges given up by unclean_recovery_after_ms"
+    _meter, "streamhouse_coordinator_ranges_lost_total", "ranges declared lost by unclean_recovery_after_ms"
 )
 
 
@@ -136,7 +136,7 @@ class Sweeper:
         _unsettled.set(found.orphaned - lost)
         if lost:
             _ranges_lost.add(lost)
-            log.error("%d ranges given up: their agents did not come back in time; records are lost", lost)
+            log.error("%d ranges declared lost: their agents did not come back within unclean_recovery_after_ms", lost)
 
 
 class Pruner:

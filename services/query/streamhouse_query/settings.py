@@ -95,7 +95,7 @@ class QuerySettings(StoreSettings):
         ge=10,
         le=60_000,
         description="ms between the empty responses that a subscriber at the end gets so that no proxy takes it for "
-        "dead; all news is told at once. Idle subscribers cost these, and nothing else",
+        "dead; all news is sent at once. Idle subscribers cost these, and nothing else",
     )
     decodes_at_once_max: int = Field(
         1,
@@ -108,7 +108,7 @@ class QuerySettings(StoreSettings):
         default_factory=MemoryShare(part=32, least=8 * MIB, most=64 * MIB),
         ge=MIB,
         le=1 << 40,
-        description="bytes of batches that wait for that, beyond which callers are told to come again",
+        description="bytes of batches that wait for that, beyond which callers get OVERLOADED",
     )
     metrics_topics_max: int = Field(
         100,

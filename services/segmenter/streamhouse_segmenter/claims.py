@@ -62,7 +62,7 @@ async def _renew(ports: Ports, claim_id: str, ttl_ms: int, ends_it: Callable[[],
             )
         except Fenced as error:
             if ends_it():
-                log.debug("claim %s has ended, by its registration as far as can be told", claim_id)
+                log.debug("claim %s has ended, most likely by its registration", claim_id)
                 return
             raise ClaimLost(f"claim {claim_id} is lost: {error.message}") from error
         except StreamHouseError as error:

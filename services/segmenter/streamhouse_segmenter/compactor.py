@@ -97,8 +97,8 @@ class Compactor:
         except (ClaimLost, Fenced) as error:
             log.warning("compaction: %s", error)
         except (StoreError, StreamHouseError, FormatError, CompactionRefused) as error:
-            needs_somebody = isinstance(error, (FormatError, CompactionRefused, *REFUSALS))
-            level = logging.ERROR if needs_somebody else logging.WARNING
+            needs_operator = isinstance(error, (FormatError, CompactionRefused, *REFUSALS))
+            level = logging.ERROR if needs_operator else logging.WARNING
             log.log(level, "compaction given back: %s", error)
             telemetry.failures.add(1, {"reason": "compaction"})
             # The same segments would be claimed again at once, and fail in the same way.

@@ -35,7 +35,7 @@ class SegmenterSettings(StoreSettings):
         5_000,
         ge=50,
         le=3_600_000,
-        description="ms between looks for buffers that no event told about; one cheap query each",
+        description="ms between scans for buffers that no event announced; a cheap query each",
     )
     builds_in_flight_max: int = Field(
         default_factory=MemoryShare(part=2, least=1, most=2, unit=320 * MIB),

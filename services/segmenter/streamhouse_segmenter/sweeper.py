@@ -182,10 +182,10 @@ class OrphanSweeper:
             grace_ms=self._settings.orphan_grace_ms, confirm_ms=self._settings.orphan_confirm_ms, limit=PAGE_KEYS
         )
         while keys := list((await self._ports.coordinator.list_deletions(request)).object_keys):
-            said = (await self._begin(keys)).objects
-            if refused := sum(item.verdict == coordinator_pb2.DELETION_VERDICT_REFERENCED for item in said):
+            deletions = (await self._begin(keys)).objects
+            if refused := sum(item.verdict == coordinator_pb2.DELETION_VERDICT_REFERENCED for item in deletions):
                 telemetry.deletions_refused.add(refused, {"reason": "referenced"})
-            begun = [item.object_key for item in said if item.verdict == coordinator_pb2.DELETION_VERDICT_BEGUN]
+            begun = [item.object_key for item in deletions if item.verdict == coordinator_pb2.DELETION_VERDICT_BEGUN]
             deleted = await self._delete(begun)
             # Keys that the store keeps refusing are listed again and again.
             if not deleted:

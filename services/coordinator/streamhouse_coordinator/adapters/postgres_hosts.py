@@ -28,7 +28,7 @@ class Hosts:
         """
         if len(self._places) == 1:
             return await asyncpg.connect(self._places[0][1], timeout=timeout_s, **options)
-        said = []
+        answers = []
         for place in list(self._places):
             try:
                 connection = await asyncpg.connect(place[1], timeout=timeout_s / len(self._places), **options)
@@ -37,11 +37,11 @@ class Hosts:
             except FAILURES as error:
                 if not is_away(error):
                     raise
-                said.append(f"{place[0]}: {_what(error)}")
+                answers.append(f"{place[0]}: {_what(error)}")
             else:
                 self._prefer(place)
                 return connection
-        raise OSError("; ".join(said))
+        raise OSError("; ".join(answers))
 
     def _prefer(self, place: tuple[str, str]) -> None:
         if self._places[0] != place:

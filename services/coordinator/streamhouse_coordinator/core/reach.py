@@ -107,8 +107,8 @@ def decide(
         if name in cut_off_ids and before is not None:
             # A worker without a recent report, as after an outage of PostgreSQL, has not withdrawn its report.
             latest = reach_of(agent, reports, by_session, now_ms, replace(reach_times, fresh_ms=now_ms))
-            heard = reach.reaching or not workers
-            if heard and not is_cut_off(latest, workers) and _is_held(latest, before, now_ms, reach_times):
+            is_reached = reach.reaching or not workers
+            if is_reached and not is_cut_off(latest, workers) and _is_held(latest, before, now_ms, reach_times):
                 # Counts at once for the agents that follow: at most half of them are cut off after this decision.
                 cut_off_ids.discard(name)
                 events.append(AgentReachable(name, agent.session_id, now_ms))
@@ -170,11 +170,11 @@ def outdated(
     not cut off. `cut_off_ids`: session ids of cut-off agents."""
     agent_ids, worker_ids = {row.session_id for row in agents}, {row.session_id for row in workers}
     rows = list(reports)
-    doubted = {row.agent_session_id for row in rows if not row.reached} | set(cut_off_ids)
+    to_check = {row.agent_session_id for row in rows if not row.reached} | set(cut_off_ids)
     return [
         row
         for row in rows
         if row.agent_session_id not in agent_ids
         or row.session_id not in worker_ids
-        or row.agent_session_id not in doubted
+        or row.agent_session_id not in to_check
     ]

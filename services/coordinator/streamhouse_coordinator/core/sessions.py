@@ -311,13 +311,13 @@ def settled_snapshots(
     """
     rows: list[ProducerSnapshotRow] = []
     for row in sorted(settled, key=lambda item: item.key):
-        said = declared.snapshots.get(row.key, b"")
-        if said and row.end_offset == declared.ends[row.key] > row.registered_end:
+        reported = declared.snapshots.get(row.key, b"")
+        if reported and row.end_offset == declared.ends[row.key] > row.registered_end:
             partition = row.topic_id, row.partition
             # Ranges of a partition that settle together: the later continues from the state of the earlier.
             here = [item for item in rows if (item.topic_id, item.partition) == partition]
             before = snapshot_for(row, [*known.get(partition, ()), *here])
-            whole = before + said if len(before) + len(said) <= SNAPSHOT_BYTES_MAX else said
+            whole = before + reported if len(before) + len(reported) <= SNAPSHOT_BYTES_MAX else reported
             rows.append(
                 ProducerSnapshotRow(
                     topic_id=row.topic_id,

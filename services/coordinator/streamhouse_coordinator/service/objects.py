@@ -118,7 +118,7 @@ async def list_deletions(context: Context, grace: DeletionGrace, limit: int) -> 
         found, flawed = await context.store.run(work)
         if not flawed:
             return found
-        log.warning("forgets %d objects to delete that are no segments', the first is %r", len(flawed), flawed[0])
+        log.warning("%d keys to delete cannot be segments' and are dropped, the first is %r", len(flawed), flawed[0])
 
 
 async def _overdue(tx: Transaction, grace: DeletionGrace, limit: int) -> list[str]:

@@ -41,10 +41,10 @@ async def report(context: Context, session_id: str, reached: Mapping[str, bool])
     some worker cannot reach, and agents that are cut off. Raises SessionExpired, InvalidArgument for another role."""
 
     async def work(tx: Transaction) -> list[t.SessionRow]:
-        doubted = {row.agent_session_id for row in await tx.select(t.REACH_REPORTS, where(reached=False))}
-        doubted |= await cut_off_sessions(tx)
-        # The usual case: nothing to report and no agent in doubt; the heartbeat costs two reads.
-        if not reached and not doubted:
+        to_check = {row.agent_session_id for row in await tx.select(t.REACH_REPORTS, where(reached=False))}
+        to_check |= await cut_off_sessions(tx)
+        # The usual case: nothing to report and no agent to check; the heartbeat costs two reads.
+        if not reached and not to_check:
             return []
         worker = await live_session(tx, session_id)
         if worker.role not in reach.WORKERS:
@@ -57,11 +57,11 @@ async def report(context: Context, session_id: str, reached: Mapping[str, bool])
             _row(session_id, agent, reached[agent.agent_id], before.get(agent.session_id), now_ms)
             for agent in agents
             # A success is worth a row only if another worker reports a failure.
-            if not reached[agent.agent_id] or agent.session_id in doubted
+            if not reached[agent.agent_id] or agent.session_id in to_check
         ]
         await tx.apply([Put(t.REACH_REPORTS, row) for row in rows])
-        doubted |= {row.agent_session_id for row in rows}
-        return await tx.select(t.SESSIONS, where(session_id=In(doubted)), order=("agent_id",))
+        to_check |= {row.agent_session_id for row in rows}
+        return await tx.select(t.SESSIONS, where(session_id=In(to_check)), order=("agent_id",))
 
     return await context.store.run(work)
 
@@ -99,7 +99,7 @@ class ReachState:
         return reach.is_cut_off_now(self.cut_offs.get(agent.agent_id), agent)
 
     def outdated(self) -> list[t.ReachReportRow]:
-        """Returns the reports without further use: of ended sessions, or successes about agents in no doubt."""
+        """Returns the reports without further use: of ended sessions, or successes about agents that all reach."""
         out = {row.session_id for row in self.cut_offs.values() if not row.reachable_ms}
         return reach.outdated(self.agents, self.workers, self.reports, out)
 

@@ -229,13 +229,13 @@ async def _unreachable_agents(tx: Transaction, settings: CoordinatorSettings) ->
             agent_id=agent.agent_id,
             address=agent.address,
             cut_off=found.is_cut_off_now(agent),
-            failing=sorted(row.agent_id for row in said.failing),
-            reaching=sorted(row.agent_id for row in said.reaching),
-            since_ms=said.failing_since_ms,
+            failing=sorted(row.agent_id for row in reports.failing),
+            reaching=sorted(row.agent_id for row in reports.reaching),
+            since_ms=reports.failing_since_ms,
         )
         for agent in found.agents
-        for said in [found.reach_of(agent, now_ms, settings)]
-        if said.failing or found.is_cut_off_now(agent)
+        for reports in [found.reach_of(agent, now_ms, settings)]
+        if reports.failing or found.is_cut_off_now(agent)
     ]
 
 

@@ -58,21 +58,21 @@ def judge(page: Sequence[StoredObject], answer: coordinator_pb2.BeginDeletionRes
     order."""
     orphans: list[Orphan] = []
     declared = 0
-    for item, said in zip(page, answer.objects, strict=True):
+    for item, deletion in zip(page, answer.objects, strict=True):
         # A verdict about another object would delete this object, so the order of the answer is checked.
-        if said.object_key != item.key:
-            raise ValueError(f"asked about {item.key!r}, the answer is about {said.object_key!r}")
-        declared += said.verdict == coordinator_pb2.DELETION_VERDICT_DECLARED
-        begun = said.verdict == coordinator_pb2.DELETION_VERDICT_BEGUN
-        if begun or said.verdict == coordinator_pb2.DELETION_VERDICT_NOTICED:
+        if deletion.object_key != item.key:
+            raise ValueError(f"asked about {item.key!r}, the answer is about {deletion.object_key!r}")
+        declared += deletion.verdict == coordinator_pb2.DELETION_VERDICT_DECLARED
+        begun = deletion.verdict == coordinator_pb2.DELETION_VERDICT_BEGUN
+        if begun or deletion.verdict == coordinator_pb2.DELETION_VERDICT_NOTICED:
             orphans.append(
                 Orphan(
                     key=item.key,
                     size_bytes=item.size_bytes,
                     modified_ms=item.modified_ms,
-                    since_ms=said.noticed_ms or answer.now_ms,
-                    declared_ms=said.declared_ms,
-                    worker_id=said.worker_id,
+                    since_ms=deletion.noticed_ms or answer.now_ms,
+                    declared_ms=deletion.declared_ms,
+                    worker_id=deletion.worker_id,
                     deletable=begun,
                 )
             )
