@@ -263,7 +263,7 @@ async def test_a_missing_object_is_data_loss_naming_it(platform: World, start_qu
     segment = await segment_of(platform, 100)
     await segment_of(platform, 100, 100)
     await platform.store.delete([segment.object_key])
-    service = await start_query(catch_up_ms=50)
+    service = await start_query(catch_up_ms=10_000)
     with pytest.raises(DataLoss, match="not in the object store") as error:
         await fetch(service, 0)
     details = error.value.details

@@ -10,6 +10,7 @@ from streamhouse_query.wiring import QueryService
 from services.query.tests.query_world import RANGE_WIDTH, World, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import one_partition, settle_in
+from tests.platform.virtual_time import virtual_time
 
 
 async def look_up(service: QueryService, spec: int, timestamp_ms: int = 0) -> tuple[int, int]:
@@ -107,8 +108,8 @@ async def test_latest_of_a_leader_that_has_not_taken_over_yet(platform: World, s
     await one_partition(platform)
     agent = platform.agents["a"]
     starts, agent.starts = agent.starts, {}
-    service = await start_query(catch_up_ms=50)
-    with pytest.raises(Unavailable, match="does not hold"):
+    service = await start_query()
+    with virtual_time(), pytest.raises(Unavailable, match="does not hold"):
         await latest(service)
     agent.starts = starts
     assert await latest(service) == 0
