@@ -32,6 +32,7 @@ from streamhouse_segmenter.settings import SegmenterSettings
 from streamhouse_segmenter.store_probe import StoreProbe
 
 from services.segmenter.tests.segmenter_world import World, new_world
+from tests.platform.held_store import HeldStore
 from tests.platform.log_agent import records_of
 
 SETTINGS = SegmenterSettings(
@@ -193,19 +194,12 @@ async def test_a_crash_anywhere_leaves_one_cover_of_every_record(after: bool) ->
 async def test_a_zombie_that_wakes_up_after_its_claim_was_taken_changes_nothing(world: World) -> None:
     """G4: the second worker registers, then the first one goes on with what it had built."""
     await world.seal("b1", world.append(0, [5]))
-    uploading, gate = asyncio.Event(), asyncio.Event()
-
-    class SlowStore(MemoryStore):
-        async def put(self, *args: Any, **kwargs: Any) -> Any:
-            uploading.set()
-            await gate.wait()
-            return await world.store.put(*args, **kwargs)
-
-    zombie = asyncio.create_task(segmenter_of(world, store=SlowStore()).drain())
-    await uploading.wait()
+    store = HeldStore(world.store)
+    zombie = asyncio.create_task(segmenter_of(world, store=store).drain())
+    await store.reached.wait()
     await world.expire_claims()
     await segmenter_of(world, "w2").drain()
-    gate.set()
+    store.release()
     report = await zombie
     assert world.registrations == [c.REGISTRATION_RESULT_REGISTERED, c.REGISTRATION_RESULT_COVERED]
     assert report.failed == 0

@@ -11,6 +11,7 @@ from streamhouse_segmenter.settings import SegmenterSettings
 from streamhouse_segmenter.wiring import SegmenterService, build
 
 from services.segmenter.tests.segmenter_world import World, assert_all_stored, new_world
+from tests.platform.held_store import HeldStore
 
 NEVER_MS = 3_600_000
 
@@ -22,10 +23,11 @@ class Embedded:
         self.world = world
         self.coordinator = world.coordinator
         self.memory = world.objects
+        self.store = world.objects if store is None else store(world.objects)
         self.service: SegmenterService = build(
             SegmenterSettings(worker_id="w1", early_retry_first_ms=1, **settings),
             world.coordinator,
-            world.objects if store is None else store(world.objects),
+            self.store,
             lambda address: world.agent,
         )
 
@@ -102,57 +104,41 @@ async def test_a_failed_buffer_is_tried_again_before_the_next_scan(embedded: Cal
 
 
 async def test_a_buffer_sealed_while_another_is_built_is_not_kept_waiting(embedded: Callable[..., Embedded]) -> None:
-    gate = asyncio.Event()
+    def of_first(memory: MemoryStore) -> HeldStore:
+        return HeldStore(memory, lambda key: "/0/" in key)
 
-    class SlowFirst(MemoryStore):
-        async def put(self, key: str, *args: Any, **kwargs: Any) -> Any:
-            if "/0/" in key:
-                await gate.wait()
-            return await world.memory.put(key, *args, **kwargs)
-
-    world = embedded(store=lambda memory: SlowFirst(), scan_interval_ms=NEVER_MS, early_retry_max_ms=60_000)
+    world = embedded(store=of_first, scan_interval_ms=NEVER_MS, early_retry_max_ms=60_000)
     await world.seal("slow", partition=0)
     await world.service.start()
     await world.until_pulled()
     await world.seal("quick", partition=1)
     while world.world.waiting != ["slow"]:
         await asyncio.sleep(0.005)
-    gate.set()
+    world.store.release()
     await world.drained()
     await world.service.stop()
 
 
 async def test_a_stop_finishes_what_is_in_hand_and_claims_nothing_more(embedded: Callable[..., Embedded]) -> None:
-    gate = asyncio.Event()
-
-    class Gated(MemoryStore):
-        async def put(self, *args: Any, **kwargs: Any) -> Any:
-            await gate.wait()
-            return await world.memory.put(*args, **kwargs)
-
-    world = embedded(store=lambda memory: Gated(), builds_in_flight_max=1)
+    world = embedded(store=HeldStore, builds_in_flight_max=1)
     await world.seal("b1", partition=0)
     await world.seal("b2", partition=1)
     await world.service.start()
-    await world.until_pulled()
+    await world.store.reached.wait()
     stopping = asyncio.create_task(world.service.stop())
     await asyncio.sleep(0.02)
     assert not stopping.done()
-    gate.set()
+    world.store.release()
     await stopping
     assert world.world.waiting == ["b2"]
     assert [segment.partition for segment in world.world.of_partition(world.world.topic_id, 0)] == [0]
 
 
 async def test_a_stop_does_not_wait_for_ever(embedded: Callable[..., Embedded]) -> None:
-    class Hanging(MemoryStore):
-        async def put(self, *args: Any, **kwargs: Any) -> Any:
-            await asyncio.Event().wait()
-
-    world = embedded(store=lambda memory: Hanging(), shutdown_timeout_ms=20)
+    world = embedded(store=HeldStore, shutdown_timeout_ms=20)
     await world.seal("b1")
     await world.service.start()
-    await world.until_pulled()
+    await world.store.reached.wait()
     await world.service.stop()
     assert world.world.waiting == ["b1"]
 
