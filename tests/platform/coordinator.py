@@ -11,7 +11,7 @@ from shproto.errors import Unavailable
 from shproto.v1 import ingest_pb2
 from shruntime.clock import Clock
 from shruntime.tasks import Tasks
-from streamhouse_coordinator.adapters.memory import MemoryStore
+from streamhouse_coordinator.adapters.memory import MemoryMetadataStore
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.core.tables import HISTORIES
 from streamhouse_coordinator.feed import Feed
@@ -28,7 +28,7 @@ class Notices(Protocol):
     async def run(self) -> None: ...
 
 
-class Metadata(MemoryStore):
+class Metadata(MemoryMetadataStore):
     """The store of one coordinator, which hears of its commits at once. `history_id`: of its events, if given."""
 
     def __init__(self, clock: Clock, history_id: str = "") -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from shproto.errors import Unavailable
-from streamhouse_coordinator.adapters.memory import MemoryStore
+from streamhouse_coordinator.adapters.memory import MemoryMetadataStore
 from streamhouse_coordinator.core.tables import EventRow
 from streamhouse_coordinator.ports import ProjectionCheck, Transaction
 from streamhouse_coordinator.recovery.histories import Head
@@ -50,7 +50,7 @@ class Database:
 
     def __init__(self, network: Network, rng: random.Random, clock: SimClock) -> None:
         self.clock = clock
-        self.memory = MemoryStore(clock, self._events_changed, self._group_changed, self._buffer_sealed)
+        self.memory = MemoryMetadataStore(clock, self._events_changed, self._group_changed, self._buffer_sealed)
         self.network = network
         self.rng = rng
         self.rates = Rates()

@@ -13,7 +13,7 @@ from shproto.events import SessionOpened
 from shproto.v1 import ingest_pb2
 from shruntime.clock import SystemClock
 from shruntime.tasks import Tasks
-from streamhouse_coordinator.adapters.memory import MemoryStore
+from streamhouse_coordinator.adapters.memory import MemoryMetadataStore
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.sessions import INGEST, SEGMENTER, WalEnds
 from streamhouse_coordinator.ports import Transaction, where
@@ -26,7 +26,7 @@ ResultT = TypeVar("ResultT")
 SESSION = "11111111-1111-1111-1111-111111111111"
 
 
-class BusyStore(MemoryStore):
+class BusyStore(MemoryMetadataStore):
     """Refuses the next `refusals` transactions that change who leads."""
 
     refusals = 0

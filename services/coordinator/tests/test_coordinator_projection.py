@@ -145,7 +145,7 @@ class Walk:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.clock = ManualClock(1_000_000)
-        self.store = memory.MemoryStore(self.clock)
+        self.store = memory.MemoryMetadataStore(self.clock)
         settings = CoordinatorSettings.load(
             {},
             range_width_offsets=64,

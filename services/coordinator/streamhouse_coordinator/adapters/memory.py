@@ -1,5 +1,5 @@
-"""Store in plain dictionaries, for unit tests and simulations. Transactions run one at a time, and are undone if they
-fail.
+"""Store of the metadata in plain dictionaries, for unit tests and simulations. Transactions run one at a time, and are
+undone if they fail.
 
 Owns: the rows of all tables, the counter of producer ids. Does not own: the rows that an event changes
 (core/projection.py), the time.
@@ -95,7 +95,7 @@ def _amount(value: int | bytes) -> int:
     return len(value) if isinstance(value, bytes) else value
 
 
-class MemoryStore:
+class MemoryMetadataStore:
     """Implements ports.Store. `events_changed`, `group_changed` and `buffer_sealed` are called after commits, as by
     LISTEN."""
 
@@ -119,7 +119,7 @@ class MemoryStore:
         self._alone = asyncio.Lock()
         self._producer_id = 0
 
-    def for_clients(self) -> "MemoryStore":
+    def for_clients(self) -> "MemoryMetadataStore":
         return self
 
     async def run(self, work: Callable[[Transaction], Awaitable[ResultT]], *, lock: str = "") -> ResultT:
