@@ -86,6 +86,7 @@ class RecordAccumulator:
 
     def _open(self, queue: PartitionQueue, deadline_ms: float) -> ProducerBatch:
         """Begins a batch and returns it; a full batch before goes into the queue."""
+        # None without an OpenTelemetry SDK: spans that record nothing would still cost for every batch.
         trace: SendTrace | None = None
         if (found := tracer()) is not None:
             trace = SendTrace(

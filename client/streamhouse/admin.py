@@ -134,6 +134,8 @@ class Admin(AsyncContext):
         )
         try:
             return topic_of(await self._peers.coordinator.create_topic(request))
+        # After the refusal, not before the request: between a look and a creation another client could create the
+        # topic.
         except TopicExists:
             if not if_not_exists:
                 raise

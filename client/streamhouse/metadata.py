@@ -70,6 +70,7 @@ class MetadataCache:
             raise
 
     async def _refresh(self, topic: str) -> None:
+        # Before the request: the answer may lack a change that was made meanwhile, so it is as old as its request.
         asked_ms = asyncio.get_running_loop().time() * 1000
         try:
             response = await self._peers.coordinator.get_metadata(coordinator_pb2.GetMetadataRequest(topics=[topic]))

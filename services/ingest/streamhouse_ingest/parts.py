@@ -47,6 +47,7 @@ class AgentContext:
 
     def backoff(self) -> Backoff:
         """Returns a new back-off with the configured limits."""
+        # One for each series of tries: if calls shared it, failures of one would delay the others.
         return Backoff(self.settings.retry_first_ms, self.settings.retry_max_ms)
 
 
@@ -92,6 +93,7 @@ def assemble(context: AgentContext, opened: OpenedLog, logs: Logs, address: str)
     transfers = LeadershipTransfers(leadership, logs, writer, sealer, tasks, timeout_ms=settings.move_timeout_ms)
     ranges = Ranges(logs, writer, transfers, context.metrics, trimmer.request)
     session = Session(leadership, logs, writer, sealer, ranges, transfers, space)
+    # Subscribers, because log/ imports neither sealing/ nor leadership/, which import log/.
     logs.subscribe(sealer.appended)
     logs.subscribe(session.heartbeats.appended)
     grants = session.grants

@@ -95,6 +95,7 @@ class EventFeed:
             session_token=self._session.token,
             history_id=self._context.history.seen.history_id,
         )
+        # Closed on the way out: a generator left to the garbage collector would keep its call open.
         async with contextlib.aclosing(self._context.coordinator.follow_events(request)) as rows:  # type: ignore[type-var]
             async for row in rows:
                 backoff.reset()
@@ -114,6 +115,7 @@ class EventFeed:
             case SegmentRegistered(segment=segment):
                 self._registered(segment)
             case BufferRegistered(buffer_id=buffer_id, segments=segments, completed=completed):
+                # Registered first: `completed` announces anew whatever is not registered.
                 for segment in segments:
                     self._registered(segment)
                 if completed:

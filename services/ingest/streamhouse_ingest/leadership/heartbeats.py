@@ -89,6 +89,7 @@ class Heartbeats:
         for grant in response.extended:
             self._ranges.extend(RangeKey(grant.topic_id, grant.partition, grant.epoch), grant.limit_offset)
         self._grants.check_version(response.grants_version, context.session.position)
+        # Not awaited: a disk that hangs would hold up the next heartbeat, and so end the lease.
         self._space.check()  # for the next beat
 
 

@@ -240,6 +240,8 @@ def wal_ends(helds: Iterable[HeldLog]) -> list[pb.WalEnd]:
     ends = []
     room_bytes = SNAPSHOTS_BYTES_MAX
     for held in helds:
+        # With the end: the next leader must recognise retries of batches that were neither registered nor announced
+        # (G5).
         snapshot = held.log.tail_snapshot()
         if len(snapshot) > room_bytes:
             log.warning("%s: too many producers to name; a retry may be written twice elsewhere", held.log.describe())

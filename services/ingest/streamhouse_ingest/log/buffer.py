@@ -83,6 +83,7 @@ class Buffer:
 
     def extend(self, record_counts: Sequence[int], file: int, ats: Sequence[int], sizes_bytes: Sequence[int]) -> None:
         """Appends many batches of a single file that are not in memory; the sequences are columns."""
+        # By columns: a replay adds millions of small batches.
         self._ends.extend(islice(accumulate(record_counts, initial=self.end_offset), 1, None))
         self._files.extend(repeat(file, len(ats)))
         self._ats.extend(ats)

@@ -116,6 +116,7 @@ class ProduceService:
         try:
             self._writer.submit(Append(held, header, batch, durable=durable, traceparent=traceparent, written=written))
         except StreamHouseError:
+            # `answer`, which ends the span otherwise, is not called for a refused request.
             span.end()
             raise
         answer_by_ms = self._clock.monotonic_ms() + timeout_ms
