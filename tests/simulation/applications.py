@@ -53,8 +53,8 @@ class Application:
     async def _work(self) -> None:
         raise NotImplementedError
 
-    def hurry(self) -> None:
-        """From now on it takes no time for what it does itself."""
+    def skip_think_time(self) -> None:
+        """Processes from now on each batch in no time."""
 
     async def stop(self) -> None:
         """As an application that is interrupted."""
@@ -150,7 +150,7 @@ class Consuming(Application):
         self.name = ""
         self.consumer: Consumer | None = None
 
-    def hurry(self) -> None:
+    def skip_think_time(self) -> None:
         self._work_s = 0.0
 
     def positions(self) -> Mapping[Where, int]:

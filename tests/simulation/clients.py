@@ -11,7 +11,7 @@ from streamhouse_coordinator.core import tables
 from tests.simulation.applications import Application, Consuming, GroupMember, Membership, Producing, ReadingAll, Where
 from tests.simulation.history import History
 from tests.simulation.loop import Process
-from tests.simulation.nodes import Node, Surroundings
+from tests.simulation.nodes import Node, SimContext
 from tests.simulation.workload import Target
 
 GROUP = "group"
@@ -22,13 +22,13 @@ class ClientNode(Node):
 
     service: Application | None
 
-    def __init__(self, around: Surroundings, history: History, name: str, rng: random.Random) -> None:
-        super().__init__(around, name)
+    def __init__(self, context: SimContext, history: History, name: str, rng: random.Random) -> None:
+        super().__init__(context, name)
         self.history = history
         self.rng = rng
         self._numbers = count(1)
         self._told: Process | None = None
-        self._hurries = False
+        self._skips_think_time = False
 
     def make(self) -> Application:
         raise NotImplementedError
@@ -37,10 +37,10 @@ class ClientNode(Node):
         return f"{self.name}.{next(self._numbers)}"
 
     async def serve(self, process: Process) -> None:
-        self.around.network.join(process)
+        self.context.network.join(process)
         self.service = self.make()
-        if self._hurries:
-            self.service.hurry()
+        if self._skips_think_time:
+            self.service.skip_think_time()
         await self.service.run()
 
     def crash(self, process: Process) -> None:
@@ -53,11 +53,11 @@ class ClientNode(Node):
             self._told = self.process
             super().stop()
 
-    def hurry(self) -> None:
-        """What runs on it, now and later, takes no time for its own work."""
-        self._hurries = True
+    def skip_think_time(self) -> None:
+        """Lets the application of this node, and those started here later, process batches in no time."""
+        self._skips_think_time = True
         if self.service is not None:
-            self.service.hurry()
+            self.service.skip_think_time()
 
     def come_back(self) -> None:
         """After it was stopped."""
@@ -66,9 +66,9 @@ class ClientNode(Node):
 
     def stall(self, seconds: float) -> None:
         """Whatever comes for it meanwhile waits."""
-        process, network = self.process, self.around.network
+        process, network = self.process, self.context.network
         if process is not None and process.alive and not process.paused:
-            self.around.log(self.name, f"stalls for {seconds:.1f} s")
+            self.context.log(self.name, f"stalls for {seconds:.1f} s")
             process.pause()
             network.paused(process)
             network.later(seconds, process.resume)
@@ -77,14 +77,14 @@ class ClientNode(Node):
 class ProducerNode(ClientNode):
     kind = "producer"
 
-    def __init__(self, around: Surroundings, history: History, name: str, rng: random.Random, target: Target) -> None:
-        super().__init__(around, history, name, rng)
+    def __init__(self, context: SimContext, history: History, name: str, rng: random.Random, target: Target) -> None:
+        super().__init__(context, history, name, rng)
         self._target = target
         self._values = count()
         self._is_over = False
 
     def make(self) -> Application:
-        return Producing(self.around.bootstrap, self.history, self.name, self._target, self._values, self.rng)
+        return Producing(self.context.bootstrap, self.history, self.name, self._target, self._values, self.rng)
 
     def restart(self) -> None:
         if not self._is_over:
@@ -111,38 +111,38 @@ class ReaderNode(ConsumerNode):
     kind = "reader"
 
     def __init__(
-        self, around: Surroundings, history: History, name: str, rng: random.Random, partitions: Sequence[Where]
+        self, context: SimContext, history: History, name: str, rng: random.Random, partitions: Sequence[Where]
     ) -> None:
-        super().__init__(around, history, name, rng)
+        super().__init__(context, history, name, rng)
         self._partitions = partitions
 
     def make(self) -> Application:
-        return ReadingAll(self.around.bootstrap, self.history, self.next_name, self.rng, self._partitions)
+        return ReadingAll(self.context.bootstrap, self.history, self.next_name, self.rng, self._partitions)
 
 
 class MemberNode(ConsumerNode):
     kind = "member"
 
     def __init__(
-        self, around: Surroundings, history: History, name: str, rng: random.Random, membership: Membership
+        self, context: SimContext, history: History, name: str, rng: random.Random, membership: Membership
     ) -> None:
-        super().__init__(around, history, name, rng)
+        super().__init__(context, history, name, rng)
         self._membership = membership
 
     def make(self) -> Application:
-        return GroupMember(self.around.bootstrap, self.history, self.next_name, self.rng, self._membership)
+        return GroupMember(self.context.bootstrap, self.history, self.next_name, self.rng, self._membership)
 
 
 class GroupOwnership:
     """Whether two members read a partition at the same time: never, as long as the group takes both for members."""
 
-    def __init__(self, around: Surroundings, blame: Callable[[str, str], None]) -> None:
-        self._around = around
+    def __init__(self, context: SimContext, blame: Callable[[str, str], None]) -> None:
+        self._context = context
         self._blame = blame
         self.members: list[MemberNode] = []
 
     def polled(self, reader: GroupMember, where: Where) -> None:
-        known = self._around.database.memory.tables.get(tables.GROUP_MEMBERS.name, {})
+        known = self._context.database.memory.tables.get(tables.GROUP_MEMBERS.name, {})
         if (GROUP, reader.member_id) not in known:
             return
         readers = [node.service for node in self.members if isinstance(node.service, GroupMember)]

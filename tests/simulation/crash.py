@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tests.simulation.nemesis import Nemesis
-from tests.simulation.nodes import IngestNode, Node, Surroundings
+from tests.simulation.nodes import IngestNode, Node, SimContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,9 @@ class Crash:
 
 class OneCrash(Nemesis):
     def __init__(
-        self, around: Surroundings, nodes: Sequence[Node], clients: Sequence[Node], rng: random.Random, crash: Crash
+        self, context: SimContext, nodes: Sequence[Node], clients: Sequence[Node], rng: random.Random, crash: Crash
     ) -> None:
-        super().__init__(around, nodes, clients, rng)
+        super().__init__(context, nodes, clients, rng)
         self._crash = crash
 
     def begin(self) -> None:

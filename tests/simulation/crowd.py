@@ -19,7 +19,7 @@ from tests.simulation.clients import (
 )
 from tests.simulation.history import History
 from tests.simulation.loop import Process
-from tests.simulation.nodes import Node, QueryNode, Surroundings
+from tests.simulation.nodes import Node, QueryNode, SimContext
 from tests.simulation.workload import Producer, Reader, Target
 
 PRODUCERS = 4
@@ -65,7 +65,7 @@ class Crowd:
 
     def __init__(
         self,
-        around: Surroundings,
+        context: SimContext,
         history: History,
         targets: Sequence[Target],
         services: Sequence[Node],
@@ -73,12 +73,12 @@ class Crowd:
         company: Company,
         blame: Callable[[str, str], None],
     ) -> None:
-        self._around = around
+        self._context = context
         self._history = history
         self._targets = targets
         self._rng = rng
         self._company = company
-        self._ownership = GroupOwnership(around, blame)
+        self._ownership = GroupOwnership(context, blame)
         self._queries = [node.address for node in services if isinstance(node, QueryNode)]
         self._partitions = [(target.topic, number) for target in targets for number in range(target.partitions)]
         self._sdk_producers = [self._sdk_producer(number) for number in range(company.sdk_producers)]
@@ -97,21 +97,21 @@ class Crowd:
     def _producer(self, number: int) -> Producer:
         idempotent = number < 2 or self._rng.random() < 0.3
         return Producer(
-            self._around, self._history, f"producer-{number}", self._target(number), self._own_luck(), idempotent
+            self._context, self._history, f"producer-{number}", self._target(number), self._own_luck(), idempotent
         )
 
     def _target(self, number: int) -> Target:
         return self._targets[number % len(self._targets)]
 
     def _sdk_producer(self, number: int) -> ProducerNode:
-        return ProducerNode(self._around, self._history, f"producer-{number}", self._own_luck(), self._target(number))
+        return ProducerNode(self._context, self._history, f"producer-{number}", self._own_luck(), self._target(number))
 
     def _reader(self, topic: str, partition: int) -> Reader:
         name, roams = f"reader-{topic}-{partition}", self._company.roaming_readers
-        return Reader(self._around, self._history, name, topic, partition, self._queries, roams)
+        return Reader(self._context, self._history, name, topic, partition, self._queries, roams)
 
     def _sdk_reader(self) -> ReaderNode:
-        return ReaderNode(self._around, self._history, "reader-0", self._own_luck(), self._partitions)
+        return ReaderNode(self._context, self._history, "reader-0", self._own_luck(), self._partitions)
 
     def _member(self, number: int) -> MemberNode:
         """The first one reads all topics, so that the group does."""
@@ -121,7 +121,7 @@ class Crowd:
         membership = Membership(
             group=GROUP, topics=topics, polled=self._ownership.polled, sessions_ms=self._company.sessions_ms
         )
-        return MemberNode(self._around, self._history, f"member-{number}", self._own_luck(), membership)
+        return MemberNode(self._context, self._history, f"member-{number}", self._own_luck(), membership)
 
     @property
     def nodes(self) -> list[ClientNode]:
@@ -141,7 +141,7 @@ class Crowd:
     def start(self) -> None:
         for node in self.nodes:
             node.wanted = True
-            self._around.network.later(self._rng.uniform(0, 1), node.restart)
+            self._context.network.later(self._rng.uniform(0, 1), node.restart)
         self._producing = [self._process().spawn(producer.run()) for producer in self._producers]
         for reader in self._readers:
             self._process().spawn(reader.run())
@@ -149,7 +149,7 @@ class Crowd:
             self._process().spawn(self._come_and_go(), name="members come and go")
 
     def _process(self) -> Process:
-        return Process(self._around.loop, "client")
+        return Process(self._context.loop, "client")
 
     async def _come_and_go(self) -> None:
         rng = self._rng
@@ -162,7 +162,7 @@ class Crowd:
                 member.stall(rng.uniform(0, STALL_S))
             else:
                 rng.choice((member.stop, member.stop, member.kill))()
-                self._around.network.later(rng.uniform(0, AWAY_S), member.come_back)
+                self._context.network.later(rng.uniform(0, AWAY_S), member.come_back)
 
     async def stop_producing(self) -> None:
         """Returns when nothing is under way any more; from here on members stay."""
@@ -175,7 +175,7 @@ class Crowd:
         while any(node.up for node in self._sdk_producers):
             await asyncio.sleep(POLL_S)
 
-    def hurry(self) -> None:
-        """Who is slow by choice catches up with the others."""
+    def skip_think_time(self) -> None:
+        """Lets slow consumers catch up with the others."""
         for node in self.nodes:
-            node.hurry()
+            node.skip_think_time()

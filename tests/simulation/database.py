@@ -34,7 +34,7 @@ class _Conflict(Exception):
 
 
 @dataclass(slots=True, kw_only=True)
-class Rates:
+class DatabaseRates:
     """Chances per transaction."""
 
     refuse: float = 0.0
@@ -53,7 +53,7 @@ class Database:
         self.memory = MemoryMetadataStore(clock, self._events_changed, self._group_changed, self._buffer_sealed)
         self.network = network
         self.rng = rng
-        self.rates = Rates()
+        self.rates = DatabaseRates()
         self.up = True
         self.listeners: dict[int, Listener] = {}
 

@@ -14,7 +14,7 @@ from tests.faults import history as h
 from tests.simulation.crowd import Crowd
 from tests.simulation.group_ending import GroupEnding
 from tests.simulation.history import History
-from tests.simulation.nodes import IngestNode, Node, QueryNode, Surroundings
+from tests.simulation.nodes import IngestNode, Node, QueryNode, SimContext
 from tests.simulation.workload import READ_BYTES, Target, records_of
 
 SETTLE_S = 90.0
@@ -30,15 +30,15 @@ class Ending:
 
     def __init__(
         self,
-        around: Surroundings,
+        context: SimContext,
         nodes: Sequence[Node],
         targets: Sequence[Target],
         crowd: Crowd,
         history: History,
         blame: Callable[[str, str], None],
     ) -> None:
-        self._around = around
-        self._loop = around.loop
+        self._context = context
+        self._loop = context.loop
         self._nodes = nodes
         self._targets = targets
         self._crowd = crowd
@@ -50,7 +50,7 @@ class Ending:
     async def run(self) -> None:
         """Returns when all is proven, or blames what is not."""
         deadline = self._loop.time() + SETTLE_S
-        self._crowd.hurry()
+        self._crowd.skip_think_time()
         while True:
             snapshot = await self._registered(deadline)
             if snapshot is None or not await self._read_everything(deadline, snapshot):
@@ -65,7 +65,7 @@ class Ending:
             for where, offset in reader.positions().items():
                 self._history.write(h.Position(reader.reader, *where, offset))
         if self._crowd.has_group:
-            await GroupEnding(self._around, self._history, self._ends, self._blame).run(deadline)
+            await GroupEnding(self._context, self._history, self._ends, self._blame).run(deadline)
         self._history.write(h.End())
 
     def _has_grown(self, snapshot: Snapshot) -> bool:
@@ -81,7 +81,7 @@ class Ending:
         why = ["nothing was asked yet"]
         while self._loop.time() < deadline:
             try:
-                snapshot = await take_snapshot(self._around.coordinator())
+                snapshot = await take_snapshot(self._context.coordinator())
                 why = self._unfinished(snapshot)
             except StreamHouseError as error:
                 why = [f"no answer: {error.reason}: {error.message}"]
@@ -123,7 +123,7 @@ class Ending:
 
     async def _read_back(self, node: Node, topic: str, partition: int, deadline: float) -> bool:
         """From where it was read to before. Blames it when that fails."""
-        query, why = QueryClient(self._around.connection([node.address])), ""
+        query, why = QueryClient(self._context.connection([node.address])), ""
         offset = self._read_to.get((node.name, topic, partition), 0)
         while self._loop.time() < deadline:
             request = query_pb2.FetchRequest(topic=topic, partition=partition, offset=offset, max_bytes=READ_BYTES)
@@ -154,19 +154,19 @@ class Ending:
         while self._loop.time() < deadline:
             before = self._object_keys()
             try:
-                snapshot = await take_snapshot(self._around.coordinator())
+                snapshot = await take_snapshot(self._context.coordinator())
             except StreamHouseError:
                 await asyncio.sleep(POLL_S)
                 continue
             referred = {segment.object_key for part in snapshot.values() for segment in part.segments}
-            at_rest = before == self._object_keys() and not self._around.store_rates.under_way
+            at_rest = before == self._object_keys() and not self._context.store_rates.under_way
             if at_rest and before <= referred and not self._unfinished(snapshot):
                 break
             await asyncio.sleep(1)
         return snapshot
 
     def _object_keys(self) -> set[str]:
-        return {key for key in self._around.objects._objects if key.startswith(("data/", "mixed/"))}
+        return {key for key in self._context.objects._objects if key.startswith(("data/", "mixed/"))}
 
     def _record(self, snapshot: Snapshot) -> None:
         for (topic, partition), part in sorted(snapshot.items()):
@@ -187,7 +187,7 @@ class Ending:
                     )
                 )  # fmt: skip
         for key in sorted(self._object_keys()):
-            self._history.write(h.StoredObject(key, self._around.objects._objects[key][0].size_bytes))
+            self._history.write(h.StoredObject(key, self._context.objects._objects[key][0].size_bytes))
 
 
 async def take_snapshot(coordinator: CoordinatorClient) -> Snapshot:

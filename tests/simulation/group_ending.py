@@ -14,7 +14,7 @@ from tests.faults import history as h
 from tests.simulation.applications import Where
 from tests.simulation.clients import GROUP
 from tests.simulation.history import History, RecordingConnection
-from tests.simulation.nodes import RPC_TIMEOUT_MS, Surroundings
+from tests.simulation.nodes import RPC_TIMEOUT_MS, SimContext
 
 POLL_S = 0.5
 
@@ -23,9 +23,9 @@ class GroupEnding:
     """`ends`: where the partitions end. `blame(kind, text)`: what is not as it should be."""
 
     def __init__(
-        self, around: Surroundings, history: History, ends: Mapping[Where, int], blame: Callable[[str, str], None]
+        self, context: SimContext, history: History, ends: Mapping[Where, int], blame: Callable[[str, str], None]
     ) -> None:
-        self._around = around
+        self._context = context
         self._history = history
         self._ends = ends
         self._blame = blame
@@ -33,7 +33,7 @@ class GroupEnding:
     async def run(self, deadline: float) -> None:
         """Returns when the group is at the end of every partition, as commits and as lag; or blames it."""
         why = await self._behind()
-        while why and self._around.loop.time() < deadline:
+        while why and self._context.loop.time() < deadline:
             await asyncio.sleep(POLL_S)
             why = await self._behind()
         if why:
@@ -54,8 +54,8 @@ class GroupEnding:
 
     async def _committed(self) -> dict[Where, int]:
         """As the history records it. Raises StreamHouseError."""
-        around = self._around
-        connection = RecordingConnection(around.network, self._history, around.bootstrap, timeout_ms=RPC_TIMEOUT_MS)
+        context = self._context
+        connection = RecordingConnection(context.network, self._history, context.bootstrap, timeout_ms=RPC_TIMEOUT_MS)
         partitions = [coordinator_pb2.TopicPartition(topic=topic, partition=number) for topic, number in self._ends]
         request = coordinator_pb2.FetchOffsetsRequest(group=GROUP, partitions=partitions)
         answer = await CoordinatorClient(connection).fetch_offsets(request)
@@ -63,7 +63,7 @@ class GroupEnding:
 
     async def _lags(self) -> dict[Where, int | None]:
         """As an operator sees them. Raises StreamHouseError."""
-        bootstrap, timeout_ms = self._around.bootstrap, RPC_TIMEOUT_MS
+        bootstrap, timeout_ms = self._context.bootstrap, RPC_TIMEOUT_MS
         async with Admin(bootstrap, request_timeout_ms=timeout_ms, retry_timeout_ms=timeout_ms) as admin:
             description = await admin.describe_group(GROUP)
         return {(item.topic, item.partition): item.lag for item in description.positions}

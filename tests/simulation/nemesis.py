@@ -14,7 +14,7 @@ from shstore.faulty import FaultKind
 from tests.simulation import database as db
 from tests.simulation import network as net
 from tests.simulation.clients import MemberNode
-from tests.simulation.nodes import CoordinatorNode, IngestNode, Node, QueryNode, Surroundings
+from tests.simulation.nodes import CoordinatorNode, IngestNode, Node, QueryNode, SimContext
 from tests.simulation.store import HOST as STORE
 
 KIND_CHANCE = 0.3
@@ -40,10 +40,8 @@ MEMBER_IN_S = 1.0
 class Nemesis:
     """`begin` starts it, `heal` ends every fault. `happened`: the faults, in words."""
 
-    def __init__(
-        self, around: Surroundings, nodes: Sequence[Node], clients: Sequence[Node], rng: random.Random
-    ) -> None:
-        self._around = around
+    def __init__(self, context: SimContext, nodes: Sequence[Node], clients: Sequence[Node], rng: random.Random) -> None:
+        self._context = context
         self._services = nodes
         self._clients = clients
         self._nodes = [*nodes, *clients]
@@ -57,13 +55,13 @@ class Nemesis:
 
     def heal(self) -> None:
         """No fault any more; every node runs."""
-        around = self._around
-        around.network.rates = net.Rates()
-        around.database.rates = db.Rates()
-        around.database.up = True
-        around.store_rates.faults = {}
-        around.store_rates.late = 0
-        around.network.heal()
+        context = self._context
+        context.network.rates = net.NetworkRates()
+        context.database.rates = db.DatabaseRates()
+        context.database.up = True
+        context.store_rates.faults = {}
+        context.store_rates.late = 0
+        context.network.heal()
         for agent in self._agents:
             agent.disk.free_bytes = None
             agent.disk.fail_fsyncs = 0
@@ -79,7 +77,7 @@ class Nemesis:
     def died(self, process: object, why: str) -> None:
         """A process met the death that was prepared for it."""
         node = next(node for node in self._nodes if node.process is process)
-        self._around.log(node.name, why)
+        self._context.log(node.name, why)
         if "power" in why:
             node.lose_power()
         else:
@@ -88,10 +86,10 @@ class Nemesis:
 
     def _note(self, what: str) -> None:
         self.happened.append(what)
-        self._around.log("nemesis", what)
+        self._context.log("nemesis", what)
 
     def _later(self, delay_s: float, function: Callable[[], object]) -> None:
-        self._around.network.later(delay_s, function)
+        self._context.network.later(delay_s, function)
 
     def _for(self, longest_s: float) -> float:
         """How long a fault lasts: mostly short, sometimes beyond every time-out."""
@@ -112,14 +110,14 @@ class RandomNemesis(Nemesis):
 
     def __init__(
         self,
-        around: Surroundings,
+        context: SimContext,
         nodes: Sequence[Node],
         clients: Sequence[Node],
         rng: random.Random,
         until_s: float,
         often: Sequence[Callable[[RandomNemesis], None]] = (),
     ) -> None:
-        super().__init__(around, nodes, clients, rng)
+        super().__init__(context, nodes, clients, rng)
         self._until_s = until_s
         every: tuple[Callable[[], None], ...] = (
             self.kill, self.kill_soon, self.power_cut, self.power_cut_at_operation, self.stop, self.pause,
@@ -137,7 +135,7 @@ class RandomNemesis(Nemesis):
             self._later(self._rng.uniform(0, 2), self._next)
 
     def _next(self) -> None:
-        if self._around.loop.time() < self._until_s:
+        if self._context.loop.time() < self._until_s:
             if self._often and (not self._kinds or self._rng.random() < OFTEN_CHANCE):
                 self._rng.choice(self._often)(self)
             else:
@@ -151,14 +149,14 @@ class RandomNemesis(Nemesis):
         def rate(most: float) -> float:
             return rng.choice((0.0, 0.0, rng.uniform(0, most)))
 
-        self._around.network.rates = net.Rates(
+        self._context.network.rates = net.NetworkRates(
             lose_request=rate(0.05),
             lose_reply=rate(0.05),
             break_stream=rate(0.02),
             slow=rate(0.1),
             slow_s=rng.choice((0.05, 0.5, 3.0)),
         )
-        self._around.database.rates = db.Rates(
+        self._context.database.rates = db.DatabaseRates(
             refuse=rate(0.05),
             lose_answer=rate(0.05),
             conflict=rate(0.1),
@@ -166,7 +164,7 @@ class RandomNemesis(Nemesis):
             slow=rate(0.05),
             slow_s=rng.choice((0.05, 0.5, 3.0)),
         )
-        store = self._around.store_rates
+        store = self._context.store_rates
         store.faults = {kind: rate(0.15) for kind in FaultKind}
         store.slow_ms = rng.choice((10, 100, 3_000))
         store.late = rate(0.1)
@@ -222,7 +220,7 @@ class RandomNemesis(Nemesis):
             seconds = self._for(9)
             self._note(f"pause {node.name} for {seconds:.1f} s")
             process.pause()
-            self._around.network.paused(process)
+            self._context.network.paused(process)
             self._later(seconds, process.resume)
 
     def wall_clock(self) -> None:
@@ -232,7 +230,7 @@ class RandomNemesis(Nemesis):
 
     def database_clock(self) -> None:
         """Forward: every lease has run out at once."""
-        clock = self._around.database.clock
+        clock = self._context.database.clock
         clock.offset_ms = self._rng.randrange(*DATABASE_JUMP_MS)
         self._note(f"clock of the database {clock.offset_ms:+d} ms")
 
@@ -242,7 +240,7 @@ class RandomNemesis(Nemesis):
         return [node.name for node in self._services] + [STORE, db.HOST]
 
     def _cut(self, links: list[tuple[str, str]], seconds: float) -> None:
-        network = self._around.network
+        network = self._context.network
 
         def unblock() -> None:
             for source, target in links:
@@ -284,7 +282,7 @@ class RandomNemesis(Nemesis):
     def put_member_out(self) -> None:
         """Makes the group end a member's session and keeps the member from hearing of it: it stands still, or reaches
         the query services but no coordinator. One member at a time, so that another one reads on."""
-        now_s = self._around.loop.time()
+        now_s = self._context.loop.time()
         if now_s < self._member_back_s:
             return
         members = [node for node in self._clients if isinstance(node, MemberNode) and node.up and node.positions()]
@@ -320,15 +318,15 @@ class RandomNemesis(Nemesis):
     def database_down(self) -> None:
         seconds = self._for(6)
         self._note(f"database down for {seconds:.1f} s")
-        self._around.database.down()
+        self._context.database.down()
 
         def up() -> None:
-            self._around.database.up = True
+            self._context.database.up = True
 
         self._later(seconds, up)
 
     def store_down(self) -> None:
-        rates, seconds = self._around.store_rates, self._for(6)
+        rates, seconds = self._context.store_rates, self._for(6)
         before = rates.faults
         if FaultKind.UNAVAILABLE in before and before[FaultKind.UNAVAILABLE] == 1:
             return

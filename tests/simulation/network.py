@@ -20,7 +20,7 @@ KEEPALIVE_S = 3.0
 
 
 @dataclass(slots=True, kw_only=True)
-class Rates:
+class NetworkRates:
     """Chances per message. slow_s: of how long a slow one takes at most."""
 
     lose_request: float = 0.0
@@ -43,7 +43,7 @@ class Network:
         self._held: dict[tuple[str, str], list[Callable[[], None]]] = {}
         self._calls: dict[int, Call] = {}
         self._number = 0
-        self.rates = Rates()
+        self.rates = NetworkRates()
         self.defects: list[str] = []
 
     # ---- who listens, which links are open

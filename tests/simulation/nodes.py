@@ -30,7 +30,7 @@ from tests.simulation.database import Database, Listener, Session
 from tests.simulation.disk import SimDisk
 from tests.simulation.loop import Process, SimLoop
 from tests.simulation.network import Network
-from tests.simulation.store import Rates, store_of
+from tests.simulation.store import StoreRates, store_of
 
 PORT = 7000
 RPC_TIMEOUT_MS = 2_000
@@ -39,14 +39,14 @@ SUPERVISOR_RESTART_S = 0.5
 
 
 @dataclass(kw_only=True)
-class Surroundings:
+class SimContext:
     """What all nodes share."""
 
     loop: SimLoop
     network: Network
     database: Database
     objects: MemoryStore
-    store_rates: Rates
+    store_rates: StoreRates
     rng: random.Random
     log: Callable[[str, str], None]
     bootstrap: list[str] = field(default_factory=list)
@@ -67,11 +67,11 @@ class Node:
 
     kind = ""
 
-    def __init__(self, around: Surroundings, name: str) -> None:
-        self.around = around
+    def __init__(self, context: SimContext, name: str) -> None:
+        self.context = context
         self.name = name
         self.address = f"{name}:{PORT}"
-        self.clock = SimClock(around.loop)
+        self.clock = SimClock(context.loop)
         self.process: Process | None = None
         self.service: Any = None
         self.deaths: list[str] = []
@@ -87,9 +87,9 @@ class Node:
         """Starts a process; it serves when its start-up is through."""
         assert not self.up
         self.wanted, self.stopping = True, False
-        self.process = Process(self.around.loop, self.name)
+        self.process = Process(self.context.loop, self.name)
         self.process.steps_left, self.dies_at_step = self.dies_at_step, None
-        self.around.log(self.name, "starts")
+        self.context.log(self.name, "starts")
         self.process.spawn(self._live(self.process), name=f"main of {self.name}")
 
     async def _live(self, process: Process) -> None:
@@ -97,13 +97,13 @@ class Node:
             await self.serve(process)
         except Exception as error:  # noqa: BLE001 - what ends a process, as its exit code would
             why = f"{type(error).__name__}: {error}"
-            self.around.log(self.name, f"ends by itself: {why}")
+            self.context.log(self.name, f"ends by itself: {why}")
             if not self.may_end_over(error):
                 self.deaths.append(why)
         else:
-            self.around.log(self.name, "stopped")
+            self.context.log(self.name, "stopped")
         self.crash(process)
-        self.around.network.later(SUPERVISOR_RESTART_S, self.restart)
+        self.context.network.later(SUPERVISOR_RESTART_S, self.restart)
 
     def may_end_over(self, error: Exception) -> bool:
         """Whether there is nothing better to do, whatever the faults."""
@@ -116,7 +116,7 @@ class Node:
     def kill(self) -> None:
         """SIGKILL: the machine stays."""
         if self.process is not None and self.process.alive:
-            self.around.log(self.name, "is killed")
+            self.context.log(self.name, "is killed")
             self.wanted = False
             self.crash(self.process)
 
@@ -131,7 +131,7 @@ class Node:
     def stop(self) -> None:
         """SIGTERM: drains, then ends; a second one changes nothing (shruntime.tasks.wait_for_stop)."""
         if self.process is not None and self.process.alive and self.service is not None and not self.stopping:
-            self.around.log(self.name, "is told to stop")
+            self.context.log(self.name, "is told to stop")
             self.wanted, self.stopping = False, True
             process, service = self.process, self.service
             self.process.spawn(self._stop(process, service), name=f"stop of {self.name}")
@@ -140,11 +140,11 @@ class Node:
         try:
             await service.stop()
         except Exception as error:  # noqa: BLE001 - as above
-            self.around.log(self.name, f"stop failed: {type(error).__name__}: {error}")
+            self.context.log(self.name, f"stop failed: {type(error).__name__}: {error}")
             self.deaths.append(f"stop: {type(error).__name__}: {error}")
-        self.around.log(self.name, "stopped")
+        self.context.log(self.name, "stopped")
         self.crash(process)
-        self.around.network.later(SUPERVISOR_RESTART_S, self.restart)
+        self.context.network.later(SUPERVISOR_RESTART_S, self.restart)
 
     async def serve(self, process: Process) -> None:
         """Builds the service, starts it, and returns or raises when it ends."""
@@ -165,7 +165,7 @@ class CoordinatorNode(Node):
             session_sweep_interval_ms=500,
             probe_timeout_ms=500,
             events_poll_interval_ms=1_000,
-            range_width_offsets=self.around.range_width_offsets,
+            range_width_offsets=self.context.range_width_offsets,
             group_session_timeout_ms=3_000,
             group_heartbeat_interval_ms=1_000,
             cut_off_after_ms=3_000,
@@ -174,23 +174,23 @@ class CoordinatorNode(Node):
         # More than an operator may set: so that leases end over outages that are not made up for.
         settings = settings.model_copy(update={"session_sweep_interval_ms": 700})
         service = coordinator_over(
-            Session(self.around.database, self.name),
+            Session(self.context.database, self.name),
             settings,
             self._listen,
             self._describe_agent,
             events_batch=50,
             events_cached=40,
         )
-        self.around.network.listen(self.address, process, service.api)
+        self.context.network.listen(self.address, process, service.api)
         self.service = service
         await service.start()
         await service.open_session(self.address)
-        self.around.log(self.name, "serves")
+        self.context.log(self.name, "serves")
         await service.failed()
 
     def _listen(self, feed: Feed, context: Context) -> Listener:
         return Listener(
-            self.around.database,
+            self.context.database,
             self.name,
             events_changed=feed.wake,
             group_changed=context.waiters.changed,
@@ -198,15 +198,15 @@ class CoordinatorNode(Node):
         )
 
     async def _describe_agent(self, address: str) -> Any:
-        return await self.around.ingest_at()(address).describe_agent(ingest_pb2.DescribeAgentRequest())
+        return await self.context.ingest_at()(address).describe_agent(ingest_pb2.DescribeAgentRequest())
 
 
 class IngestNode(Node):
     kind = "ingest"
 
-    def __init__(self, around: Surroundings, name: str) -> None:
-        super().__init__(around, name)
-        self.disk = SimDisk(name=name, rng=around.rng)
+    def __init__(self, context: SimContext, name: str) -> None:
+        super().__init__(context, name)
+        self.disk = SimDisk(name=name, rng=context.rng)
 
     def may_end_over(self, error: Exception) -> bool:
         """A full disk is no reason once there is a log, which could be given away (G7)."""
@@ -223,7 +223,7 @@ class IngestNode(Node):
             queue_bytes_max=64 * 1024,
             batch_bytes_max=16 * 1024,
             memory_bytes_max=1024 * 1024,
-            tail_cache_bytes=self.around.rng.choice((0, 4 * 1024, 64 * 1024)),
+            tail_cache_bytes=self.context.rng.choice((0, 4 * 1024, 64 * 1024)),
             seal_bytes=64 * 1024,
             seal_age_ms=400,
             durable_linger_ms=20,
@@ -234,14 +234,14 @@ class IngestNode(Node):
             rpc_timeout_ms=RPC_TIMEOUT_MS,
         )
         # Less than an operator may set: so that files of the log are full, and go, within a run.
-        wal_file_bytes = self.around.rng.choice((2, 8, 64)) * 1024
-        wal_ahead_bytes = self.around.rng.choice((0, 16)) * 1024
+        wal_file_bytes = self.context.rng.choice((2, 8, 64)) * 1024
+        wal_ahead_bytes = self.context.rng.choice((0, 16)) * 1024
         settings = settings.model_copy(update={"wal_file_bytes": wal_file_bytes, "wal_ahead_bytes": wal_ahead_bytes})
-        service = ingest_wiring.build(settings, self.around.coordinator(), self.clock)
-        self.around.network.listen(self.address, process, service.api)
+        service = ingest_wiring.build(settings, self.context.coordinator(), self.clock)
+        self.context.network.listen(self.address, process, service.api)
         self.service = service
         await service.start(self.address)
-        self.around.log(self.name, "serves")
+        self.context.log(self.name, "serves")
         await service.tasks.failed.wait()
         assert service.tasks.error is not None
         raise service.tasks.error
@@ -283,12 +283,12 @@ class SegmenterNode(Node):
         )
         # Less than an operator may set: so that claims end under their work.
         settings = settings.model_copy(update={"claim_ttl_ms": 2_000})
-        around = self.around
-        store = store_of(around.objects, around.network, self.name, around.store_rates, around.rng, around.loop)
-        service = segmenter_wiring.build(settings, around.coordinator(), store, around.ingest_at(), self.clock)
+        context = self.context
+        store = store_of(context.objects, context.network, self.name, context.store_rates, context.rng, context.loop)
+        service = segmenter_wiring.build(settings, context.coordinator(), store, context.ingest_at(), self.clock)
         self.service = service
         await service.start(self.address)
-        around.log(self.name, "serves")
+        context.log(self.name, "serves")
         await service.tasks.failed.wait()
         assert service.tasks.error is not None
         raise service.tasks.error
@@ -307,20 +307,20 @@ class QueryNode(Node):
             catch_up_ms=1_000,
             rpc_timeout_ms=RPC_TIMEOUT_MS,
         )
-        around = self.around
-        store = store_of(around.objects, around.network, self.name, around.store_rates, around.rng, around.loop)
-        service = query_wiring.build(settings, around.coordinator(), store, around.ingest_at(), self.clock)
-        around.network.listen(self.address, process, service.api)
+        context = self.context
+        store = store_of(context.objects, context.network, self.name, context.store_rates, context.rng, context.loop)
+        service = query_wiring.build(settings, context.coordinator(), store, context.ingest_at(), self.clock)
+        context.network.listen(self.address, process, service.api)
         self.service = service
         await service.start(self.address)
-        around.log(self.name, "serves")
+        context.log(self.name, "serves")
         await service.tasks.failed.wait()
         assert service.tasks.error is not None
         raise service.tasks.error
 
     def lose_power(self) -> None:
         self.kill()
-        cache.lose_power(f"/cache/{self.name}", self.around.rng)
+        cache.lose_power(f"/cache/{self.name}", self.context.rng)
 
 
 KINDS: tuple[type[Node], ...] = (CoordinatorNode, IngestNode, SegmenterNode, QueryNode)

@@ -19,7 +19,7 @@ TIMEOUT_MS = 800
 
 
 @dataclass(slots=True, kw_only=True)
-class Rates:
+class StoreRates:
     """Chances per request. late: a put that fails takes effect all the same, some time after its caller gave up;
     under_way: how many of these are still to arrive."""
 
@@ -32,7 +32,7 @@ class Rates:
 class StoreFaults:
     """shstore.faulty.FaultSource with rates that change; every call takes some time."""
 
-    def __init__(self, rng: random.Random, rates: Rates) -> None:
+    def __init__(self, rng: random.Random, rates: StoreRates) -> None:
         self._rng = rng
         self._rates = rates
 
@@ -53,7 +53,7 @@ class StoreFaults:
 class NetworkedStore:
     """An ObjectStore across the network: unreachable behind a partition, and puts may arrive late."""
 
-    def __init__(self, store: MemoryStore, network: Network, name: str, rates: Rates, rng: random.Random) -> None:
+    def __init__(self, store: MemoryStore, network: Network, name: str, rates: StoreRates, rng: random.Random) -> None:
         self._store = store
         self._network = network
         self._name = name
@@ -107,7 +107,12 @@ class NetworkedStore:
 
 
 def store_of(
-    store: MemoryStore, network: Network, name: str, rates: Rates, rng: random.Random, loop: asyncio.AbstractEventLoop
+    store: MemoryStore,
+    network: Network,
+    name: str,
+    rates: StoreRates,
+    rng: random.Random,
+    loop: asyncio.AbstractEventLoop,
 ) -> RetryingStore:
     """What a service is given."""
     networked = NetworkedStore(store, network, name, rates, rng)

@@ -22,7 +22,7 @@ from tests.faults import history as h
 from tests.faults.payload import name_of, payload_of
 from tests.faults.producers import is_refusal
 from tests.simulation.history import History
-from tests.simulation.nodes import Surroundings
+from tests.simulation.nodes import SimContext
 
 TIMEOUT_MS = 1_000
 GIVE_UP_S = 8.0
@@ -46,15 +46,15 @@ class Producer:
     batch is sent once."""
 
     def __init__(
-        self, around: Surroundings, history: History, name: str, target: Target, rng: random.Random, idempotent: bool
+        self, context: SimContext, history: History, name: str, target: Target, rng: random.Random, idempotent: bool
     ) -> None:
-        self._around = around
+        self._context = context
         self._history = history
         self._name = name
         self._target = target
         self._rng = rng
         self._idempotent = idempotent
-        self._coordinator: CoordinatorClient = around.coordinator()
+        self._coordinator: CoordinatorClient = context.coordinator()
         self._leaders: dict[int, str] = {}
         self._stamps: dict[int, tuple[int, int, int]] = {}  # partition: producer id, epoch, next sequence
         self._numbers: Iterator[int] = count()
@@ -143,7 +143,7 @@ class Producer:
             acks=types_pb2.ACKS_DURABLE if operation.acks == "durable" else types_pb2.ACKS_WAL,
             timeout_ms=TIMEOUT_MS,
         )
-        return await IngestClient(self._around.connection([address])).produce(request)
+        return await IngestClient(self._context.connection([address])).produce(request)
 
 
 def _produced(operation: h.Produce, answer: ingest_pb2.ProduceResponse) -> h.Produced:
@@ -157,10 +157,10 @@ class Reader:
     time, as behind a balancer."""
 
     def __init__(
-        self, around: Surroundings, history: History, name: str, topic: str, partition: int, queries: list[str],
+        self, context: SimContext, history: History, name: str, topic: str, partition: int, queries: list[str],
         roams: bool,
     ) -> None:  # fmt: skip
-        self._around = around
+        self._context = context
         self._history = history
         self.reader = name
         self._where = (topic, partition)
@@ -187,7 +187,7 @@ class Reader:
         request = query_pb2.FetchRequest(
             topic=topic, partition=partition, offset=self._offset, max_bytes=READ_BYTES, max_wait_ms=WAIT_MS
         )
-        query = QueryClient(self._around.connection([self._queries[self._at_query]]))
+        query = QueryClient(self._context.connection([self._queries[self._at_query]]))
         try:
             response = await query.fetch(request)
         except StreamHouseError as error:

@@ -33,11 +33,11 @@ from tests.simulation.nodes import (
     Node,
     QueryNode,
     SegmenterNode,
-    Surroundings,
+    SimContext,
 )
 from tests.simulation.patches import LogHandler, patched
 from tests.simulation.profiles import ORDINARY, PROFILES, Profile, drawn
-from tests.simulation.store import Rates as StoreRates
+from tests.simulation.store import StoreRates
 from tests.simulation.workload import Target
 
 FIRST_START_S = 1.0
@@ -74,7 +74,7 @@ class World:
         clock = SimClock(self.loop)
         database = Database(self.network, random.Random(rng.getrandbits(64)), clock)
         objects = MemoryStore(now_ms=clock.wall_ms)
-        self.around = Surroundings(
+        self.context = SimContext(
             loop=self.loop,
             network=self.network,
             database=database,
@@ -83,20 +83,20 @@ class World:
             rng=random.Random(rng.getrandbits(64)),
             log=self.log,
         )
-        self.around.range_width_offsets = rng.choice(RANGE_WIDTHS_OFFSETS)
+        self.context.range_width_offsets = rng.choice(RANGE_WIDTHS_OFFSETS)
         self.history = History(self.loop.time)
         self.nodes = self._make_nodes(profile, crash is not None)
-        self.around.bootstrap = [node.address for node in self.nodes if isinstance(node, CoordinatorNode)]
+        self.context.bootstrap = [node.address for node in self.nodes if isinstance(node, CoordinatorNode)]
         self.targets = [Target("plain", 2, "wal"), Target("safe", 1, "durable")]
         company = EVERYBODY if crash is not None else _company(rng, profile)
         own_luck = random.Random(rng.getrandbits(64))
-        self.crowd = Crowd(self.around, self.history, self.targets, self.nodes, own_luck, company, self.blame)
+        self.crowd = Crowd(self.context, self.history, self.targets, self.nodes, own_luck, company, self.blame)
         self.faults_s = CRASH_S if crash is not None else FIRST_START_S + rng.uniform(*profile.faults_s)
         luck = random.Random(rng.getrandbits(64))
         self.nemesis: Nemesis = (
-            OneCrash(self.around, self.nodes, self.crowd.nodes, luck, crash)
+            OneCrash(self.context, self.nodes, self.crowd.nodes, luck, crash)
             if crash is not None
-            else RandomNemesis(self.around, self.nodes, self.crowd.nodes, luck, self.faults_s, profile.often)
+            else RandomNemesis(self.context, self.nodes, self.crowd.nodes, luck, self.faults_s, profile.often)
         )
         self.loop.died = self.nemesis.died
         self.loop.connect = self.network.connect
@@ -112,7 +112,7 @@ class World:
             (SegmenterNode, 1 if few else self.rng.choice((1, 2))),
             (QueryNode, 1 if few else max(profile.queries_min, self.rng.choice((1, 2)))),
         )
-        return [kind(self.around, f"{kind.kind}-{number}") for kind, many in counts for number in range(many)]
+        return [kind(self.context, f"{kind.kind}-{number}") for kind, many in counts for number in range(many)]
 
     def _executor_delay(self, process: Process, own: bool) -> float:
         return self.rng.uniform(0.0001, 0.002) if own else 0.0001
@@ -145,10 +145,10 @@ class World:
         self.nemesis.heal()
         await asyncio.sleep(self.rng.uniform(0, 1.5))
         await self.crowd.stop_producing()
-        await Ending(self.around, self.nodes, self.targets, self.crowd, self.history, self.blame).run()
+        await Ending(self.context, self.nodes, self.targets, self.crowd, self.history, self.blame).run()
 
     async def _create_topics(self) -> None:
-        coordinator = self.around.coordinator()
+        coordinator = self.context.coordinator()
         for target in self.targets:
             request = coordinator_pb2.CreateTopicRequest(
                 topic=target.topic,
