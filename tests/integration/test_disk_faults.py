@@ -1,4 +1,4 @@
-"""What surrounds the services fails: a full disk, a damaged write-ahead log, PostgreSQL that is not there.
+"""Faults of disks and of the database: a full disk, a damaged write-ahead log, PostgreSQL that is not there.
 
 Each gives a clear error with the right status; nothing acknowledged is lost; things go on when the cause is gone.
 """
@@ -22,7 +22,7 @@ from tests.integration.rivals import rivals
 
 pytestmark = pytest.mark.integration
 
-TOPIC = "surroundings"
+TOPIC = "disk-faults"
 
 
 async def create_topic(address: str) -> None:
