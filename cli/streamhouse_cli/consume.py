@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from streamhouse_cli.options import Delimiter, Number, bootstrap_option
-from streamhouse_cli.position import Position, PositionType
+from streamhouse_cli.position import PositionOption, PositionType
 from streamhouse_cli.process import run
 from streamhouse_cli.text import record_json, text_lines
 
@@ -65,8 +65,8 @@ Render = Callable[["RecordBatch"], bytes]
 @bootstrap_option
 def consume(
     topic: str,
-    position: Position,
-    end: Position | None,
+    position: PositionOption,
+    end: PositionOption | None,
     partition: int | None,
     group: str | None,
     follow: bool,
@@ -115,13 +115,13 @@ class Reading:
     """Topic, range and group that a command reads."""
 
     topic: str
-    position: Position
+    position: PositionOption
     partition: int | None
     group: str | None
     follow: bool
     count_max: int | None
     skip_lost: bool
-    end: Position | None = None
+    end: PositionOption | None = None
 
     def consumer(self, bootstrap: str) -> Consumer:
         from streamhouse import Consumer

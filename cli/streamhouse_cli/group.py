@@ -10,7 +10,7 @@ import click
 from streamhouse_cli.ask import ask
 from streamhouse_cli.options import Number, bootstrap_option, json_option
 from streamhouse_cli.output import confirm, print_json, print_table, show_time
-from streamhouse_cli.position import Position, PositionType
+from streamhouse_cli.position import PositionOption, PositionType
 
 if TYPE_CHECKING:
     from streamhouse.group_admin import GroupDescription, OffsetReset
@@ -70,7 +70,7 @@ def describe(name: str, as_json: bool, bootstrap: str) -> None:
 @bootstrap_option
 def reset_offsets(
     name: str,
-    position: Position,
+    position: PositionOption,
     topic: str | None,
     partition: int | None,
     execute: bool,

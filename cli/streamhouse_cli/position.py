@@ -16,8 +16,8 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
-    """`at` is the offset, the timestamp in ms, or the number of records; 0 for earliest and latest."""
+class PositionOption:
+    """Value of an option. `at` is the offset, the timestamp in ms, or the number of records; 0 for earliest and latest."""
 
     kind: Literal["earliest", "latest", "offset", "timestamp", "last"]
     at: int = 0
@@ -36,26 +36,26 @@ class Position:
         return self.at if self.kind == "offset" else _EPOCH + timedelta(milliseconds=self.at)
 
 
-def parse_position(text: str, *, takes_last: bool = False, takes_ends: bool = True) -> Position:
+def parse_position(text: str, *, takes_last: bool = False, takes_ends: bool = True) -> PositionOption:
     """Returns the position that `text` names. Digits alone are an offset; `@` and digits are ms since 1970; with
     `takes_last` a minus sign and digits are a number of records before the end; with `takes_ends` there are `earliest`
     and `latest`; anything else has to be ISO 8601, in UTC if without an offset. Raises ValueError."""
     from shformat.limits import INT64_MAX
 
     if takes_ends and text == "earliest":
-        return Position("earliest")
+        return PositionOption("earliest")
     if takes_ends and text == "latest":
-        return Position("latest")
+        return PositionOption("latest")
     if text.isascii() and text.isdigit():
-        return Position("offset", _bounded(text, 0, INT64_MAX))
+        return PositionOption("offset", _bounded(text, 0, INT64_MAX))
     if takes_last and text[:1] == "-" and text[1:].isascii() and text[1:].isdigit():
-        return Position("last", _bounded(text[1:], 1, INT64_MAX))
+        return PositionOption("last", _bounded(text[1:], 1, INT64_MAX))
     if text.startswith("@"):
         digits = text[1:].removeprefix("-")
         if not (digits.isascii() and digits.isdigit()):
             raise ValueError(f"{text!r}: after @ come milliseconds since 1970, as in @1700000000000")
-        return Position("timestamp", _bounded(text[1:], TIMESTAMP_MS_MIN, TIMESTAMP_MS_MAX))
-    return Position("timestamp", _iso_ms(text, takes_last, takes_ends))
+        return PositionOption("timestamp", _bounded(text[1:], TIMESTAMP_MS_MIN, TIMESTAMP_MS_MAX))
+    return PositionOption("timestamp", _iso_ms(text, takes_last, takes_ends))
 
 
 def _bounded(digits: str, low: int, high: int) -> int:
@@ -81,7 +81,7 @@ def _iso_ms(text: str, takes_last: bool, takes_ends: bool) -> int:
     return ms_of("position", moment)
 
 
-class PositionType(click.ParamType[Position]):
+class PositionType(click.ParamType[PositionOption]):
     """parse_position as a click type."""
 
     name = "position"
@@ -90,8 +90,8 @@ class PositionType(click.ParamType[Position]):
         self._takes_last = takes_last
         self._takes_ends = takes_ends
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Position:
-        if isinstance(value, Position):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> PositionOption:
+        if isinstance(value, PositionOption):
             return value
         value = Text().convert(value, param, ctx)
         try:

@@ -136,16 +136,16 @@ def end_at_once(code: int) -> NoReturn:
 
 
 class StopSignals:
-    """Inside the block Ctrl-C, SIGTERM and SIGHUP ask for an end: the first signal sets `told`, the second `again`, the
+    """Inside the block Ctrl-C, SIGTERM and SIGHUP ask for an end: the first signal sets `requested`, the second `forced`, the
     third ends the process."""
 
     def __init__(self) -> None:
         import asyncio
 
-        self.told = asyncio.Event()
-        self.again = asyncio.Event()
+        self.requested = asyncio.Event()
+        self.forced = asyncio.Event()
         self.number = 0  # of the first signal
-        self._is_hurried = False  # there was a second signal
+        self._is_forced = False  # there was a second signal
         self._loop = asyncio.get_running_loop()
         self._before: dict[int, Any] = {}
 
@@ -163,11 +163,11 @@ class StopSignals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
-            self.number, event = number, self.told
+            self.number, event = number, self.requested
         elif number == signal.SIGHUP:
             return  # passed on by a shell: no second request
-        elif not self._is_hurried:
-            self._is_hurried, event = True, self.again
+        elif not self._is_forced:
+            self._is_forced, event = True, self.forced
         else:
             end_at_once(128 + self.number)
         self._loop.call_soon_threadsafe(event.set)  # a plain set() would not wake the loop
@@ -203,19 +203,19 @@ def silence_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-async def run_until_told(work: asyncio.Task[None], stop: StopSignals, drain_s: float) -> bool:
+async def run_until_stopped(work: asyncio.Task[None], stop: StopSignals, drain_s: float) -> bool:
     """Waits for `work`; returns True once `work` has ended. Returns False if `work` still runs `drain_s` seconds after
     the first signal, or at the second signal, and cancels `work`. Raises the error of `work`."""
     import asyncio
 
-    told, again = (asyncio.ensure_future(event.wait()) for event in (stop.told, stop.again))
+    requested, forced = (asyncio.ensure_future(event.wait()) for event in (stop.requested, stop.forced))
     try:
-        await asyncio.wait([work, told], return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.wait([work, again], timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([work, requested], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([work, forced], timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             await work
         return work.done()
     finally:
-        for task in (work, told, again):
+        for task in (work, requested, forced):
             task.cancel()
-        await asyncio.wait([work, told, again])
+        await asyncio.wait([work, requested, forced])

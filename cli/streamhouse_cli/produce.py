@@ -39,7 +39,7 @@ from streamhouse_cli.lines import (
 )
 from streamhouse_cli.options import Delimiter, Number, bootstrap_option
 from streamhouse_cli.output import print_json
-from streamhouse_cli.process import StopSignals, is_terminal, run, run_until_told
+from streamhouse_cli.process import StopSignals, is_terminal, run, run_until_stopped
 from streamhouse_cli.read_input import is_regular, open_input, read_chunks
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ class Work:
 
 
 @dataclass(kw_only=True)
-class Report:
+class ProduceReport:
     """Counts of the input so far: read, acknowledged, failed."""
 
     acks: str
@@ -265,7 +265,7 @@ class Report:
 class Sending:
     """Sends records, and counts acknowledged and failed records in the report."""
 
-    def __init__(self, producer: Producer, topic: str, report: Report) -> None:
+    def __init__(self, producer: Producer, topic: str, report: ProduceReport) -> None:
         self._producer = producer
         self._topic = topic
         self._report = report
@@ -337,7 +337,7 @@ class DeliveryFailed(Exception):
         self.error = error
 
 
-async def _produce(bootstrap: str, work: Work, drain_s: float) -> Report:
+async def _produce(bootstrap: str, work: Work, drain_s: float) -> ProduceReport:
     import asyncio
 
     from streamhouse import Producer
@@ -345,13 +345,13 @@ async def _produce(bootstrap: str, work: Work, drain_s: float) -> Report:
     from streamhouse_cli.reach import reach_leaders
 
     partition_count = await reach_leaders(bootstrap, work.topic)
-    report = Report(acks=work.acks)
+    report = ProduceReport(acks=work.acks)
     with StopSignals() as stop:
         async with Producer(bootstrap, acks=work.acks, compression=work.compression) as producer:
             sending = Sending(producer, work.topic, report)
-            task = asyncio.create_task(_send_input(work, sending, report, stop.told, partition_count))
+            task = asyncio.create_task(_send_input(work, sending, report, stop.requested, partition_count))
             try:
-                if not await run_until_told(task, stop, drain_s):
+                if not await run_until_stopped(task, stop, drain_s):
                     await producer.shut_down()
             except DeliveryFailed as failure:
                 why = explain(failure.error, {"bootstrap": bootstrap}) or str(failure)
@@ -363,7 +363,9 @@ async def _produce(bootstrap: str, work: Work, drain_s: float) -> Report:
     return report
 
 
-async def _send_input(work: Work, sending: Sending, report: Report, stop: asyncio.Event, partition_count: int) -> None:
+async def _send_input(
+    work: Work, sending: Sending, report: ProduceReport, stop: asyncio.Event, partition_count: int
+) -> None:
     form, splitter, magic = work.form, work.form.splitter(), MagicCheck()
     lines = Lines(sending=sending, report=report, form=form, parse=form.parse(), partition_count=partition_count)
     try:
@@ -391,7 +393,7 @@ class Lines:
     """Makes records of lines and sends these, up to the first line that is no record."""
 
     sending: Sending
-    report: Report
+    report: ProduceReport
     form: Form
     parse: Parse
     partition_count: int
@@ -424,7 +426,7 @@ def _refuse_partitions(records: InputRecords, partition_count: int) -> None:
             return
 
 
-def _so_far(report: Report) -> str:
+def _so_far(report: ProduceReport) -> str:
     what = "sent" if report.acks == "none" else "acknowledged"
     count = report.acknowledged
     return f"; the {_records(count)} before it {_were(count)} {what}, nothing after it was sent"

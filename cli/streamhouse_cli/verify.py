@@ -20,7 +20,7 @@ from streamhouse_cli.store_option import objects_of, store_of
 
 if TYPE_CHECKING:
     from streamhouse_cli.registry_check import Finding
-    from streamhouse_cli.verify_store import Report
+    from streamhouse_cli.verify_store import VerifyReport
 
 # The default time that segmenters wait before an object counts as an orphan: it may still be registered.
 GRACE_MS = 3_600_000
@@ -75,7 +75,7 @@ def verify(
 
 async def _verify(
     bootstrap: str, topic: str | None, directory: str | None, config: str | None, grace_ms: int
-) -> Report:
+) -> VerifyReport:
     from streamhouse_segmenter.ports import Ports
     from streamhouse_segmenter.settings import SegmenterSettings
     from streamhouse_segmenter.sweeper import OrphanSweeper
@@ -129,7 +129,7 @@ def _progress() -> Iterator[Bar]:
         )
 
 
-def _print_report(report: Report) -> None:
+def _print_report(report: VerifyReport) -> None:
     click.echo(
         f"{report.segments:,} segments read, {report.records:,} records, {show_bytes(report.size_bytes)}; "
         f"{report.objects:,} objects listed"

@@ -36,7 +36,7 @@ PAGE_KEYS = 1000
 
 
 @dataclass(slots=True, kw_only=True)
-class Report:
+class VerifyReport:
     """Result of a verification.
 
     replaced: segments that compaction or retention removed before they were read. young_objects: not
@@ -96,9 +96,9 @@ class Verifier:
         self._grace_ms = grace_ms
         self._started = started
         self._progress = progress
-        self._report = Report()
+        self._report = VerifyReport()
 
-    async def run(self) -> Report:
+    async def run(self) -> VerifyReport:
         """Reads and compares everything; returns the report. Raises UnknownTopic, Unavailable, StoreError."""
         if self._topic is None:
             await self._compare_projections()

@@ -6,7 +6,7 @@ import pytest
 from streamhouse import Producer
 from streamhouse.commits import Commits
 from streamhouse_cli import consume
-from streamhouse_cli.position import Position
+from streamhouse_cli.position import PositionOption
 
 
 async def fill(platform, address, count):
@@ -18,7 +18,7 @@ async def fill(platform, address, count):
 def reading(count_max, position="earliest", *, follow=False):
     return consume.Reading(
         topic="t",
-        position=Position(position),
+        position=PositionOption(position),
         partition=None,
         group="g",
         follow=follow,

@@ -25,7 +25,7 @@ from streamhouse_cli.lines import (
     records_of_json,
     without_keys,
 )
-from streamhouse_cli.position import TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, Position, parse_position
+from streamhouse_cli.position import TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, PositionOption, parse_position
 from streamhouse_cli.text import record_json, text_lines, unescape
 
 pytestmark = pytest.mark.quick
@@ -306,20 +306,20 @@ def test_a_line_without_a_usable_key_ends_the_records_there(bad: bytes, reason: 
 @pytest.mark.parametrize(
     ("text", "position"),
     [
-        ("earliest", Position("earliest")),
-        ("latest", Position("latest")),
-        ("0", Position("offset", 0)),
-        (str(INT64_MAX), Position("offset", INT64_MAX)),
-        ("@1700000000000", Position("timestamp", 1_700_000_000_000)),
-        ("@-1", Position("timestamp", -1)),
-        ("2023-11-14T22:13:20Z", Position("timestamp", 1_700_000_000_000)),
-        ("2023-11-14T22:13:20", Position("timestamp", 1_700_000_000_000)),
-        ("2023-11-14T23:13:20.125+01:00", Position("timestamp", 1_700_000_000_125)),
-        ("2023-11-14", Position("timestamp", 1_699_920_000_000)),
-        ("1969-12-31T23:59:59.999Z", Position("timestamp", -1)),
+        ("earliest", PositionOption("earliest")),
+        ("latest", PositionOption("latest")),
+        ("0", PositionOption("offset", 0)),
+        (str(INT64_MAX), PositionOption("offset", INT64_MAX)),
+        ("@1700000000000", PositionOption("timestamp", 1_700_000_000_000)),
+        ("@-1", PositionOption("timestamp", -1)),
+        ("2023-11-14T22:13:20Z", PositionOption("timestamp", 1_700_000_000_000)),
+        ("2023-11-14T22:13:20", PositionOption("timestamp", 1_700_000_000_000)),
+        ("2023-11-14T23:13:20.125+01:00", PositionOption("timestamp", 1_700_000_000_125)),
+        ("2023-11-14", PositionOption("timestamp", 1_699_920_000_000)),
+        ("1969-12-31T23:59:59.999Z", PositionOption("timestamp", -1)),
     ],
 )
-def test_positions(text: str, position: Position) -> None:
+def test_positions(text: str, position: PositionOption) -> None:
     assert parse_position(text) == position
 
 
@@ -330,8 +330,8 @@ def test_positions_that_are_none(text: str) -> None:
 
 
 def test_the_last_records_are_a_position_where_that_is_taken() -> None:
-    assert parse_position("-5", takes_last=True) == Position("last", 5)
-    assert Position("last", 5).start == -5
+    assert parse_position("-5", takes_last=True) == PositionOption("last", 5)
+    assert PositionOption("last", 5).start == -5
     for text in ("-0", "--5", "-", "-5.5", "-²", str(-(INT64_MAX + 1))):
         with pytest.raises(ValueError, match=r"is none of .*\(-5\)|beyond"):
             parse_position(text, takes_last=True)
