@@ -18,7 +18,7 @@ from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
 from shruntime.clock import Clock
 
-from shread.core.lag import Lag, lag_of
+from shread.core.lag import GroupLag, lag_of
 from shread.core.watermarks import Watermarks
 from shread.counters import meter
 
@@ -47,7 +47,7 @@ class GroupLags:
         self._clock = clock
         self._interval_ms = interval_ms
         self._series_max = series_max
-        self.lags: dict[GroupTopic, Lag] = {}
+        self.lags: dict[GroupTopic, GroupLag] = {}
         self.left_out = 0
 
     def export(self) -> None:
@@ -79,7 +79,7 @@ class GroupLags:
 
     async def look(self) -> None:
         """Asks for the committed offsets of every group in turn. Raises StreamHouseError."""
-        found: dict[GroupTopic, Lag] = {}
+        found: dict[GroupTopic, GroupLag] = {}
         response = await self._coordinator.list_groups(coordinator_pb2.ListGroupsRequest())
         for summary in response.groups:
             if summary.committed_partitions:
@@ -88,20 +88,20 @@ class GroupLags:
         self.lags = {pair: found[pair] for pair in furthest[: self._series_max]}
         self.left_out = len(found) - len(self.lags)
 
-    async def _lags_of(self, group: str) -> dict[GroupTopic, Lag]:
+    async def _lags_of(self, group: str) -> dict[GroupTopic, GroupLag]:
         try:
             response = await self._coordinator.fetch_offsets(coordinator_pb2.FetchOffsetsRequest(group=group))
         except UnknownGroup:  # deleted meanwhile
             return {}
         now_ms = self._clock.wall_ms()
-        lags: dict[GroupTopic, Lag] = {}
+        lags: dict[GroupTopic, GroupLag] = {}
         for item in response.offsets:
             partition = self._index.cluster.partitions.get(PartitionKey(item.topic_id, item.partition))
             if item.offset < 0 or partition is None:  # nothing committed, or of a topic that is gone
                 continue
             lag = lag_of(partition, item.offset, self._watermarks.of(partition), now_ms)
             pair = group, item.topic
-            lags[pair] = lags.get(pair, Lag(0, 0)) + lag
+            lags[pair] = lags.get(pair, GroupLag(0, 0)) + lag
         return lags
 
     def _observe_records(self, _: CallbackOptions) -> Iterable[Observation]:

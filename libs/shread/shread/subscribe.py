@@ -121,7 +121,7 @@ class _Delivery:
     is_last: bool = False
 
 
-class Subscription:
+class SubscribeStream:
     """Pushes the records of several partitions. `responses` ends when every partition has failed; closing `responses`
     ends all fetches."""
 

@@ -3,7 +3,7 @@
 import pytest
 from shcluster.index import PartitionIndex
 from shproto.model import Range, RangeStatus, Segment
-from shread.core.lag import Lag, lag_of
+from shread.core.lag import GroupLag, lag_of
 
 pytestmark = pytest.mark.quick
 
@@ -50,14 +50,14 @@ def partition(status: RangeStatus = RangeStatus.SETTLED) -> PartitionIndex:
 
 
 def test_lag_counts_records_and_not_the_offsets_between_epochs() -> None:
-    assert lag_of(partition(), 4, 120, NOW_MS) == Lag(6 + 20, 60_000)
-    assert lag_of(partition(), 10, 120, NOW_MS) == Lag(20, 30_000), "at the gap: the first record is behind it"
-    assert lag_of(partition(), 105, 120, NOW_MS) == Lag(15, 30_000)
+    assert lag_of(partition(), 4, 120, NOW_MS) == GroupLag(6 + 20, 60_000)
+    assert lag_of(partition(), 10, 120, NOW_MS) == GroupLag(20, 30_000), "at the gap: the first record is behind it"
+    assert lag_of(partition(), 105, 120, NOW_MS) == GroupLag(15, 30_000)
 
 
 def test_records_that_are_in_no_segment_yet_are_counted_and_not_old() -> None:
-    assert lag_of(partition(), 110, 120, NOW_MS) == Lag(10, 0)
-    assert lag_of(partition(), 120, 120, NOW_MS) == Lag(0, 0)
+    assert lag_of(partition(), 110, 120, NOW_MS) == GroupLag(10, 0)
+    assert lag_of(partition(), 120, 120, NOW_MS) == GroupLag(0, 0)
 
 
 def test_of_a_range_that_is_not_settled_what_is_registered_counts() -> None:

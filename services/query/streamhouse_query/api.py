@@ -19,7 +19,7 @@ from shread.counters import fetch_duration_ms, meter
 from shread.fetch import fetch
 from shread.lookups import Found, Lookups
 from shread.reads import Fetched, Reads, Want
-from shread.subscribe import Source, Subscription, Window
+from shread.subscribe import Source, SubscribeStream, Window
 from shruntime.byte_budget import ByteBudget, ConnectionBudgets
 from shruntime.counters import TopicCounter
 from shruntime.fair_executor import FairExecutor, QueueFull
@@ -81,7 +81,7 @@ class QueryApi:
         self._check_positions(request)
         # Per connection, because many consumers of a process share a connection.
         with self._connections.budget(caller_connection()) as shared:
-            subscription = Subscription(
+            subscription = SubscribeStream(
                 self._reads,
                 [self._source(request, position) for position in request.positions],
                 # The own budget first: a subscription that waits for its own bytes must not hold bytes of the

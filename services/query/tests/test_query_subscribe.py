@@ -15,7 +15,7 @@ from shproto.services import QueryClient
 from shproto.v1 import ingest_pb2, query_pb2
 from shread import subscribe
 from shread.reads import Fetched, Want
-from shread.subscribe import Source, Subscription
+from shread.subscribe import Source, SubscribeStream
 from shruntime.byte_budget import ByteBudget
 from shruntime.clock import ManualClock
 from shruntime.server import RpcServer
@@ -207,14 +207,14 @@ async def test_a_subscriber_without_windows_gets_partitions_by_turns_from_what_i
     platform: World, start_query: StartQuery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_ahead: list[tuple[int, int, bool]] = []  # partition, next offset, has records
-    deliver = Subscription._deliver
+    deliver = SubscribeStream._deliver
 
-    def noted(self: Subscription, number: int, delivery: Any) -> None:
+    def noted(self: SubscribeStream, number: int, delivery: Any) -> None:
         response = delivery.response
         read_ahead.append((response.partition, response.next_offset, bool(response.batches)))
         deliver(self, number, delivery)
 
-    monkeypatch.setattr(Subscription, "_deliver", noted)
+    monkeypatch.setattr(SubscribeStream, "_deliver", noted)
     await partitions(platform, 2)
     for turn in range(20):
         await platform.produce(values_of(2_000, turn * 2_000, 32))
@@ -450,7 +450,7 @@ async def test_a_partition_that_fails_with_its_records_gives_its_bytes_back(
             resolve=resolve, respond=respond, refuse=lambda error: query_pb2.FetchResponse(error=error.to_detail())
         )
 
-    subscription = Subscription(
+    subscription = SubscribeStream(
         service.api._reads, [source(0), source(1)], budgets=[ByteBudget(1 << 20)], heartbeat_ms=1_000
     )
     async with contextlib.aclosing(subscription.responses(Requests())) as responses:
@@ -546,7 +546,7 @@ async def test_deliveries_are_timed_from_the_records_being_there_to_their_stream
     source = Source(
         resolve=resolve, respond=respond, refuse=lambda error: query_pb2.FetchResponse(error=error.to_detail())
     )
-    subscription = Subscription(service.api._reads, [source], budgets=[ByteBudget(1 << 20)], heartbeat_ms=10_000)
+    subscription = SubscribeStream(service.api._reads, [source], budgets=[ByteBudget(1 << 20)], heartbeat_ms=10_000)
     async with contextlib.aclosing(subscription.responses(Requests())) as responses:
         got = await until(responses, lambda response: not response.batches)  # the word that there is no more
         assert (values_in(got), recorded.values) == (values_of(500), [7])

@@ -10,18 +10,18 @@ from shproto.model import Range, RangeStatus
 
 
 @dataclass(frozen=True, slots=True)
-class Lag:
+class GroupLag:
     """Number of `records` still to be read, and age of the first of them in ms."""
 
     records: int
     behind_ms: int
 
-    def __add__(self, other: Lag) -> Lag:
+    def __add__(self, other: GroupLag) -> GroupLag:
         """Returns the lag of two partitions together: the sum of the records, the greater age."""
-        return Lag(self.records + other.records, max(self.behind_ms, other.behind_ms))
+        return GroupLag(self.records + other.records, max(self.behind_ms, other.behind_ms))
 
 
-def lag_of(partition: PartitionIndex, offset: int, end_offset: int, now_ms: int) -> Lag:
+def lag_of(partition: PartitionIndex, offset: int, end_offset: int, now_ms: int) -> GroupLag:
     """Returns the lag of a reader whose next record is at `offset`; `end_offset` is the partition's.
 
     The time of a record is taken for that of the newest record of its segment. Records outside segments are 0 ms old:
@@ -31,8 +31,8 @@ def lag_of(partition: PartitionIndex, offset: int, end_offset: int, now_ms: int)
     records = sum(max(0, end - max(offset, start)) for start, end in _written(partition.ranges, end_offset))
     segment = partition.segment_at(offset) or partition.segment_after(offset)
     if not records or segment is None or segment.lost_reason:
-        return Lag(records, 0)
-    return Lag(records, max(0, now_ms - segment.max_timestamp_ms))
+        return GroupLag(records, 0)
+    return GroupLag(records, max(0, now_ms - segment.max_timestamp_ms))
 
 
 def _written(ranges: list[Range], end_offset: int) -> Iterable[tuple[int, int]]:
