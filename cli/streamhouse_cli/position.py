@@ -17,7 +17,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class PositionOption:
-    """Value of an option. `at` is the offset, the timestamp in ms, or the number of records; 0 for earliest and latest."""
+    """Value of an option. `at` is the offset, the timestamp in ms, or the number of records; otherwise 0."""
 
     kind: Literal["earliest", "latest", "offset", "timestamp", "last"]
     at: int = 0
