@@ -136,8 +136,8 @@ def end_at_once(code: int) -> NoReturn:
 
 
 class StopSignals:
-    """Inside the block Ctrl-C, SIGTERM and SIGHUP ask for an end: the first signal sets `requested`, the second `forced`,
-    the third ends the process."""
+    """Inside the block Ctrl-C, SIGTERM and SIGHUP ask for an end: the first signal sets `requested`, the second
+    `forced`, the third ends the process."""
 
     def __init__(self) -> None:
         import asyncio
