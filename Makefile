@@ -34,6 +34,8 @@ test: $(VENV)/.ready-dev ## Tests of a few minutes, one end to end; says what it
 test-all: $(VENV)/.ready-dev ## All tests, as CI runs them; says what was skipped and why
 	$(PYTEST) $(ARGS)
 
+# The mark chooses the tests. The search only spares the import of files without it: to collect all of them takes a
+# worker 20 s of CPU time, a third of the minute.
 quick: $(VENV)/.ready-dev ## Tests of formats and decisions, in a minute: no sockets, no processes
 	$(PYTEST) -m 'quick and not long' $(or $(ARGS),$$(grep -rl --include='test_*.py' mark.quick libs services client cli tests))
 
