@@ -101,6 +101,7 @@ class DataDir:
     def unlock(self) -> None:
         """Releases the lock if it is held."""
         if self._lock >= 0:
+            # The file stays: were it removed, two processes could hold locks on two files of this name.
             files.unlock(self._lock)
             self._lock = -1
 

@@ -213,6 +213,7 @@ class EmbeddedPostgres:
         """Takes the lock, which ends with our process. With the lock held, a running server is an orphan."""
         try:
             files.make_directory(self.data_dir.parent)
+            # Beside the data directory, which has to be empty for the first start's rename.
             lock = os.open(self._beside(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.PRIVATE_FILE)
         except OSError as exc:
             raise PostgresError(f"cannot use {self.data_dir}: {exc.strerror}") from exc
@@ -415,6 +416,7 @@ class EmbeddedPostgres:
     def _may_repeat(self, log_at: int) -> bool:
         lines = self._log_lines(log_at)
         may_choose = self._port is None and self._address is None
+        # The port was free when it was chosen, and another process may have taken it before PostgreSQL did.
         port_taken = may_choose and any("Address already in use" in line for line in lines)
         return port_taken or any(_LEFT_BY_CRASH in line for line in lines)
 

@@ -111,6 +111,7 @@ class LiveIndex:
 
     def replace(self, cluster: ClusterIndex) -> None:
         """Puts a new snapshot in place of the index, and wakes all readers."""
+        # A snapshot says what the metadata holds, not what is missing from it: only the follower knows.
         cluster.missing_position = self.cluster.missing_position
         self.cluster = cluster
         self._loaded = True

@@ -23,6 +23,8 @@ Buffer = bytes | bytearray | memoryview | mmap.mmap
 BATCH_MAGIC = b"SHRB"
 BATCH_VERSION = 1
 
+# Offset and epoch stand before the CRC, outside of it: the leader stamps a checked batch without computing it again.
+# The CRC of the frame in the log, and of the index entry in a segment, covers both.
 # base offset, epoch | crc | magic, version, codec, flags, size, uncompressed, count, last offset delta,
 # first and max timestamp, producer id, base sequence, producer epoch
 _STAMP = struct.Struct("<qQ")
@@ -119,6 +121,7 @@ def encode_batch_header(header: BatchHeader, stored: Sequence[bytes | memoryview
         producer.base_sequence,
         producer.producer_epoch,
     )
+    # Part by part, since joining the parts would copy the payload.
     crc = zlib.crc32(body)
     for part in stored:
         crc = zlib.crc32(part, crc)
@@ -202,6 +205,7 @@ def _check_kind(magic: bytes, version: int, codec_id: int, flags: int, at: int) 
     if version != BATCH_VERSION:
         raise FormatError(f"batch version is {version}, this reader knows {BATCH_VERSION}", at + 24)
     codec = _CODECS.get(codec_id)
+    # Refused, not passed on: services are updated before the producers that use a new codec.
     if codec is None:
         raise FormatError(f"batch codec is {codec_id}, this reader knows {sorted(_CODECS)}", at + 25)
     if flags & ~FLAGS_ALL:
@@ -219,6 +223,7 @@ def _check_sizes(
     stored = size_bytes - BATCH_HEADER_SIZE
     if codec is Codec.NONE and uncompressed_bytes != stored:
         raise FormatError(f"uncompressed payload of {uncompressed_bytes} bytes stored in {stored}", at + 32)
+    # Known before anything is allocated; else a batch of a few KB could claim 64 MiB (decision 0015).
     if uncompressed_bytes > stored * COMPRESSION_RATIO_MAX:
         most = f"a stored byte may stand for {COMPRESSION_RATIO_MAX}"
         raise FormatError(f"{uncompressed_bytes} bytes out of {stored} stored: {most}", at + 32)

@@ -99,6 +99,7 @@ def compress(parts: Sequence[bytes | memoryview], codec: Codec) -> tuple[Codec, 
     stored = _COMPRESS[codec](payload)
     if len(payload) > len(stored) * COMPRESSION_RATIO_MAX:
         codec, stored = Codec.LZ4, _COMPRESS[Codec.LZ4](payload)
+    # A payload that does not shrink would cost each reader a decompression for nothing.
     if len(stored) < len(payload):
         return codec, [stored]
     return Codec.NONE, parts
@@ -131,6 +132,7 @@ def _compress_lz4(payload: bytes) -> bytes:
 
 def _decompress_lz4(stored: memoryview, uncompressed_bytes: int) -> bytes:
     try:
+        # Into a buffer of the declared, checked size: LZ4 fails where it would write beyond.
         payload: bytes = lz4.block.decompress(stored, uncompressed_size=uncompressed_bytes)
     except lz4.block.LZ4BlockError as error:
         raise FormatError(f"LZ4 payload: {error}") from error

@@ -159,6 +159,7 @@ def _split(view: memoryview, table: struct.Struct, at: int, name: str) -> list[S
     if len(view) < table.size:
         raise FormatError(f"{name}: {len(view)} bytes, the table of sections alone takes {table.size}", at)
     sizes = table.unpack_from(view)
+    # Exactly: bytes that no section claims would pass all other checks.
     if table.size + sum(sizes) != len(view):
         raise FormatError(f"{name}: sections add up to {table.size + sum(sizes)} bytes, there are {len(view)}", at)
     sections = []
@@ -187,6 +188,7 @@ def decode_offsets(gaps: Section, shape: PayloadShape) -> Int64s:
     if shape.contiguous:
         return np.arange(first, last + 1, dtype=np.int64)
     skipped = decode_varints(gaps.view, count - 1, "offset gaps", gaps.at)
+    # Bounds each step, so that no sum can wrap all the way round to the right end.
     if len(skipped) and int(largest_of(skipped)) > shape.last_offset_delta:
         raise FormatError("offset gaps: a gap is wider than the whole batch", gaps.at)
     offsets = np.empty(count, np.int64)

@@ -31,6 +31,7 @@ _HEADER = struct.Struct("<4sHBB16sIQqqQI")
 SEGMENT_HEADER_SIZE = 64
 assert _HEADER.size == SEGMENT_HEADER_SIZE == _HEADER_BODY.size + 4
 
+# Readers begin at the end of a segment, so the footer has a version and a magic of its own.
 # index position, index size, block count, index crc, version, flags | footer crc, magic
 _FOOTER_BODY = struct.Struct("<QIIIHH")
 _FOOTER = struct.Struct("<QIIIHHI4s")
@@ -212,6 +213,7 @@ def decode_index(buffer: Buffer, footer: SegmentFooter, limits: FormatLimits = D
     computed = zlib.crc32(buffer)
     if computed != footer.index_crc:
         raise FormatError(f"segment index CRC is {computed:#010x}, the footer says {footer.index_crc:#010x}", at)
+    # A copy: as a view the index would keep all bytes that were read with it in memory.
     blocks = np.frombuffer(bytes(buffer), INDEX_ENTRY)
     _check_blocks(blocks, footer, limits)
     return SegmentIndex(blocks)
@@ -220,6 +222,7 @@ def decode_index(buffer: Buffer, footer: SegmentFooter, limits: FormatLimits = D
 def _check_blocks(blocks: NDArray[np.void], footer: SegmentFooter, limits: FormatLimits) -> None:
     sizes, first, end = blocks["size_bytes"], blocks["first_offset"], blocks["end_offset"]
     counts, epochs, starts = blocks["record_count"], blocks["epoch"], blocks["at"]
+    # In 64 bits, because the sum of unchecked 32-bit sizes may not fit into 32.
     byte_ends = SEGMENT_HEADER_SIZE + np.cumsum(sizes, dtype=np.uint64)
     expected = np.concatenate([[np.uint64(SEGMENT_HEADER_SIZE)], byte_ends[:-1]])
     spans = end - first  # of two non-negative int64, once the first check below has passed

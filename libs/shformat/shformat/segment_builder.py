@@ -117,11 +117,13 @@ class SegmentBuilder:
         its block is made, by a later add() or finish(): should a batch with a right CRC be malformed inside
         (validate_batch() refuses such), that call raises and the segment cannot be finished.
         """
+        # All checks come first: a refused batch changes nothing.
         header = check_one_batch(batch, self._limits)
         self._check_order(header)
         if header.uncompressed_bytes >= self._copy_bytes_min:
             block = self._as_block(batch, header)
             self._check_room(len(block))
+            # The pending batches have the lower offsets.
             self._flush()
             self._append(block)
         else:
@@ -155,6 +157,7 @@ class SegmentBuilder:
         )
         parts = [encode_segment_header(header), *self._blocks, encoded_index, encode_footer(footer)]
         size_bytes = sum(map(len, parts))
+        # Checked once more, as a merged block may be larger than the sum of its batches.
         self._check_size(size_bytes)
         return BuiltSegment(parts, self._info(header, index, size_bytes))
 
@@ -193,6 +196,7 @@ class SegmentBuilder:
 
     def _as_block(self, batch: Buffer, header: BatchHeader) -> bytes:
         """Returns the batch unchanged, or compressed now if the producer did not compress it."""
+        # Never decoded to change the codec: one producer's gzip would take the CPU from all others (decision 0015).
         if header.codec is not Codec.NONE or self._codec is Codec.NONE:
             return bytes(batch)
         return encode_batch(
@@ -205,6 +209,7 @@ class SegmentBuilder:
         )
 
     def _merge(self, batch: bytes, header: BatchHeader) -> None:
+        # A block is a batch, and the header of a batch holds a single epoch.
         if (
             header.epoch != self._pending_epoch
             or self._pending_bytes + header.uncompressed_bytes > self._block_bytes_target

@@ -80,6 +80,7 @@ class SegmentIndex:
         # Contiguous copies: a bisect over the strided field would touch a cache line per probe anyway, but
         # searchsorted would copy the whole column on every call.
         self._ends: Int64s = np.ascontiguousarray(blocks["end_offset"])
+        # Timestamps need not ascend. Their running maximum does, so a search by time can bisect.
         self._latest: Int64s = np.maximum.accumulate(blocks["max_timestamp_ms"])
 
     @classmethod

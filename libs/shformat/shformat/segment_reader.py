@@ -60,6 +60,7 @@ def open_segment(size_bytes: int, limits: FormatLimits = DEFAULT_LIMITS) -> Plan
     else:
         encoded_index = yield from _read(footer.index_at, footer.index_size_bytes)
     index = decode_index(encoded_index, footer, limits)
+    # A segment of up to TAIL_READ_BYTES was read whole already.
     lead = tail if tail_at == 0 else (yield from _read(0, SEGMENT_HEADER_SIZE))
     header = decode_segment_header(lead[:SEGMENT_HEADER_SIZE])
     check_agreement(header, index)
@@ -103,6 +104,7 @@ def check_block(block: Buffer, entry: BlockEntry, limits: FormatLimits = DEFAULT
         header = read_batch_header(block, 0, limits)
     except FormatError as error:
         raise FormatError(error.what, entry.at + error.at) from error
+    # Plans of reads trust the entry alone, so the block must say the same of its offsets, epoch and times.
     if BlockEntry.of(header, entry.at, entry.crc) != entry:
         raise FormatError("block header and index entry differ", entry.at)
 

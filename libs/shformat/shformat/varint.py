@@ -70,9 +70,11 @@ def decode_varints(section: memoryview, count: int, name: str, at: int) -> Uint6
     and its byte position `at`.
     """
     size = len(section)
+    # Bounds the memory for the declared count by bytes that are really there.
     if not count <= size <= count * VARINT_BYTES_MAX:
         raise FormatError(f"{name}: {count} varints cannot fill {size} bytes", at)
     encoded = np.frombuffer(section, np.uint8)
+    # One byte each, as short lengths and small deltas are: the bytes are the numbers.
     if size == count:
         if count and largest_of(encoded) >= 0x80:
             raise FormatError(f"{name}: fewer varints than the {count} declared", at)

@@ -18,6 +18,7 @@ from .errors import FormatError
 from .limits import DEFAULT_LIMITS, INT64_MAX, UINT32_MAX, FormatLimits
 
 WAL_MAGIC = b"SHWL"
+# Files without space ahead are still written as version 2, which earlier releases read.
 WAL_VERSION = 3
 WAL_ID_SIZE = 16
 TOPIC_ID_SIZE = 16
@@ -37,6 +38,7 @@ assert _FILE_V1.size == WAL_FILE_HEADER_SIZE_V1
 
 # 0xF5 occurs in no UTF-8 text, so a search for the magic does not stop inside records that are text.
 FRAME_MAGIC = b"\xf5SHF"
+# Two CRCs, since a damaged batch behind an intact header still says which offsets are lost, and where to go on.
 # magic, header crc | batch crc, frame size, topic id, partition, record count, epoch, base offset
 _FRAME = struct.Struct("<4sIII16sIIQq")
 _FRAME_LEAD = struct.Struct("<4sI")
@@ -140,11 +142,13 @@ def decode_wal_file_header(buffer: Buffer) -> WalFileHeader:
     """Returns the header at the start of `buffer`, of version 1, 2 or 3. Raises FormatError."""
     if len(buffer) < WAL_FILE_HEADER_SIZE_V1:
         raise FormatError(f"WAL file header: {len(buffer)} of {WAL_FILE_HEADER_SIZE} bytes")
+    # By the layout of version 1: later versions have these five fields at the same places.
     magic, version, flags, wal_id, sequence, _ = _FILE_V1.unpack_from(buffer)
     if magic != WAL_MAGIC:
         raise FormatError(f"WAL file magic is {magic!r}, expected {WAL_MAGIC!r}")
     if version not in _FILE_HEADER_SIZES:
         raise FormatError(f"WAL file version is {version}, this reader knows 1 to {WAL_VERSION}", 4)
+    # Only the version is believed before the CRC, because it says where the CRC is.
     crc_at = _check_file_crc(buffer, _FILE_HEADER_SIZES[version])
     if version < WAL_VERSION and flags:
         raise FormatError(f"WAL file flags are {flags:#06x}, must be 0", 6)
@@ -280,6 +284,8 @@ class _Scan:
                 at += frame.size_bytes
             else:
                 end = at + frame.size_bytes
+                # A frame cut short and written over is shorter than it says. If its size is right, frames that a
+                # producer stored in its records are skipped with it, and not taken for frames of the log.
                 if not self._is_boundary(end):
                     end = self._next_header(at + 1)
                 yield DamagedSpan(at=at, size_bytes=end - at, reason=reason, lost=frame)
@@ -301,6 +307,7 @@ class _Scan:
         if zlib.crc32(view[at + _FRAME_BODY_AT : batch_at]) != header_crc:
             return "frame header CRC does not match"
         batch_size_bytes = size_bytes - FRAME_HEADER_SIZE
+        # A right CRC does not make the header ours: records may hold forged frames. So each field is bounded.
         if not BATCH_HEADER_SIZE <= batch_size_bytes <= self._batch_bytes_max:
             return f"frame holds {batch_size_bytes} bytes, must be {BATCH_HEADER_SIZE} to {self._batch_bytes_max}"
         if (
@@ -357,6 +364,7 @@ def _zeros_from(view: memoryview, low: int) -> int:
 
 
 def _find_magic(buffer: Buffer, start: int) -> int:
+    # A memoryview has no find(); a regular expression searches it without a copy.
     if not isinstance(buffer, memoryview):
         return buffer.find(FRAME_MAGIC, start)
     found = _FIND_MAGIC.search(buffer, start)

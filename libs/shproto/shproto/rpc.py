@@ -120,6 +120,7 @@ class CallLimit:
         finally:
             self.in_flight -= 1
             self._of[connection] -= 1
+            # Peers have a new name with each connection: kept, they would add up for as long as the server runs.
             if not self._of[connection]:
                 del self._of[connection]
 

@@ -172,6 +172,7 @@ class ChunkReader:
         for number, end in wanted.items():
             chunk = ChunkId(object_key, number)
             flight = self._flights.get(chunk)
+            # A download may have begun when less of the object was known to exist: it ends too early for this reader.
             if flight is not None and flight.end >= end:
                 if flight.result.done():  # downloaded, only not on disk yet
                     self._counters.cache_hits += 1
@@ -234,6 +235,7 @@ class ChunkReader:
         if not flight.result.done():
             flight.result.set_exception(StoreUnavailable("the download was given up: the service stops"))
         flight.result.exception()  # retrieved, as no reader may be waiting any more
+        # A download that goes further may have taken its place.
         if self._flights.get(chunk) is flight:
             del self._flights[chunk]
         flight.ended.set()
@@ -244,6 +246,7 @@ class ChunkReader:
                 content, shared = await self._obtain(chunk, flight.end)
                 flight.result.set_result(content)
                 await self._disk.write(chunk, content)
+            # Without the slot: a slow Redis holds up no download.
             if self._shared is not None and not shared:
                 await self._shared.put(chunk, content)
         except StoreError as error:

@@ -163,6 +163,7 @@ class SegmentReader:
             except FormatError as damage:
                 log.warning("%s: damaged in the cache, fetching it again: %s", _name(partition, segment), damage)
                 await self._chunks.drop(segment.object_key, spans or [Span(segment.object_at, segment.size_bytes)])
+                # From the object store now, past all caches: if it is damaged again, the object is.
                 return await read()
         except FormatError as error:
             raise self._data_loss(partition, segment, entries, error.what, segment.object_at + error.at) from error

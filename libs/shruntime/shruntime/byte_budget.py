@@ -28,6 +28,7 @@ class ByteBudget:
     def try_take(self, size_bytes: int) -> int | None:
         """Returns the bytes lent, at most the whole budget; None if that would be too much, or others wait."""
         size_bytes = min(size_bytes, self._bytes_max)
+        # Small takers that passed earlier takers would starve a large one.
         if self._waiting or size_bytes > self._free:
             return None
         self._free -= size_bytes

@@ -85,6 +85,7 @@ class AddressLimit:
                 descriptors = [int(entry.name) for entry in entries]
         except OSError:  # no descriptor left to look with: the limit of all connections holds
             return {}
+        # With fewer open files than one address may have connections, no address exceeds its limit.
         if len(descriptors) <= self._per_address_max:
             self._peers.clear()
             return {}
@@ -152,6 +153,7 @@ def _shut_down(descriptor: int, inode: int) -> bool:
         return False
     with held:
         try:
+            # Not closed: the descriptor is gRPC's, and its number could be another file's while gRPC uses it.
             held.shutdown(socket.SHUT_RDWR)
         except OSError:
             return False

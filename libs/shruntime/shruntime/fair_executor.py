@@ -65,6 +65,7 @@ class FairExecutor:
 
     def _ended(self, job: _Job[Any], ended: asyncio.Future[Any]) -> None:
         self._running -= 1
+        # Only now, as the thread has held the bytes even if its caller was cancelled meanwhile.
         self.queued_bytes -= job.size_bytes
         error = ended.exception() if not ended.cancelled() else asyncio.CancelledError()
         if not job.done.done():

@@ -65,6 +65,7 @@ def _cgroup_limits(root: Path) -> Iterator[MemoryLimit]:
             top, names = root / _CGROUPS / "memory", ["memory.limit_in_bytes"]
         else:
             continue
+        # A process outside of its namespace's root has a path with `..`, which must not lead out of the mount.
         group = top.joinpath(*(part for part in path.strip().split("/") if part != ".."))
         for level in (group, *group.parents):
             if not level.is_relative_to(top):

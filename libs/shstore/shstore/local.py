@@ -91,6 +91,7 @@ class LocalStore:
         self._prepare()
         with files.TempFile(self._temps) as temp:
             temp.write([memoryview(b"probe")])
+            # Hard links are what put-if-absent needs; not all file systems have them.
             probe = temp.path.with_suffix(".link")
             os.link(temp.path, probe)
             probe.unlink()
@@ -125,6 +126,7 @@ class LocalStore:
         self._make_directories(key, target.parent)
         try:
             if if_absent:
+                # Fails if the name exists: put-if-absent without a race, between processes, too.
                 os.link(temp, target)
             else:
                 temp.replace(target)
@@ -173,6 +175,7 @@ class LocalStore:
         with files.translating(f"delete {len(keys)} objects"), self._prepared_for():
             with self._lock.using():
                 emptied, refused = self._unlink(keys)
+            # The exclusive lock holds up all puts, so it is taken only if there is a directory to remove.
             if empty := [directory for directory in emptied if files.is_empty(directory)]:
                 with self._lock.removing():
                     for directory in empty:

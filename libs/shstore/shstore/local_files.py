@@ -84,6 +84,8 @@ class TempFile:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # Removed while it is locked: a clean-up finds either a locked file or none. Closing is enough after that, since
+        # no other process meets the lock of a file without a name in this directory.
         self.path.unlink(missing_ok=True)  # the object keeps its own link; after a replace none is left here
         os.close(self._fd)
 
@@ -187,6 +189,7 @@ def is_empty(directory: Path) -> bool:
 def opened(path: Path, key: str) -> Iterator[int]:
     """Yields a descriptor of the object's file. Raises ObjectMissing if the file is missing or not regular."""
     try:
+        # Non-blocking, because opening a FIFO of that name would wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         raise ObjectMissing(key) from None

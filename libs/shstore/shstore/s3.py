@@ -52,6 +52,7 @@ class S3Store:
             reply = await self._s3.request(
                 "put_object", key, Key=self._name(key), Body=request_body(views), **condition
             )
+        # The reply to a put has no Last-Modified; its Date is by the store's clock, too, not by ours.
         sent_at = reply["ResponseMetadata"]["HTTPHeaders"].get("date")
         if sent_at is None:
             return await self.head(key)
@@ -64,6 +65,7 @@ class S3Store:
             return await self._get_empty(key, at, size_bytes)  # an HTTP range cannot express an empty range
         try:
             return await self._s3.attempt("get_object", key, self._read(key, at, size_bytes))
+        # S3 refuses a range that begins at the end of the object, which is an empty range here.
         except RangeBeyondEnd:
             return await self._get_empty(key, at, size_bytes)
 
@@ -92,6 +94,7 @@ class S3Store:
         for start in range(0, len(keys), DELETE_KEYS_MAX):
             names = [{"Key": self._name(key)} for key in keys[start : start + DELETE_KEYS_MAX]]
             reply = await self._s3.request("delete_objects", None, Delete={"Objects": names, "Quiet": True})
+            # S3 answers 200 also if it deleted nothing: the body has the error of each key.
             errors += delete_errors(reply.get("Errors", ()))
         if errors:
             kept = [str(error.get("Key", "")).removeprefix(self._prefix) for error in errors]
@@ -120,6 +123,7 @@ class S3Store:
                 object_size_bytes=_object_size_bytes(key, at, reply, ranged="Range" in arguments),
                 get_bytes_max=self._settings.get_bytes_max,
             )
+            # A server or proxy that ignores the range would send the whole object.
             if reply["ContentLength"] != wanted:
                 raise WrongRange(f"S3 offers {reply['ContentLength']} bytes of {key!r}, not {wanted}")
             data: bytes = await body.read()
@@ -140,9 +144,12 @@ class S3Store:
         upload = {"Key": self._name(key), "UploadId": created["UploadId"]}
         try:
             parts = await self._upload_parts(key, upload, views, size_bytes)
+            # The condition belongs to the completion: until then no object has the key, and several writers may upload
+            # parts.
             return await self._s3.request(
                 "complete_multipart_upload", key, MultipartUpload={"Parts": parts}, **upload, **condition
             )
+        # Also a cancellation: the parts of an upload that is neither completed nor aborted stay stored.
         except BaseException:
             await self._abort(key, upload)
             raise
@@ -150,6 +157,7 @@ class S3Store:
     async def _upload_parts(
         self, key: str, upload: Reply, views: Sequence[memoryview], size_bytes: int
     ) -> Sequence[Reply]:
+        # S3 limits the number of parts, so those of a very large object are larger.
         part_bytes = max(self._settings.multipart_part_bytes, -(-size_bytes // S3_PARTS_MAX))
         room = asyncio.Semaphore(self._settings.multipart_concurrency)
 

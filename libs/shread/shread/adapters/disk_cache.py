@@ -90,6 +90,7 @@ class DiskCache:
         self._chunks.mkdir(PRIVATE_DIRECTORY, exist_ok=True)
         if not make_private(self._chunks):
             log.warning("%s holds records, is open to other users and belongs to one: delete it", self._chunks)
+        # Oldest use first: eviction goes on where the earlier process stopped.
         return [(name, size_bytes) for _, name, size_bytes in sorted(self._scan())]
 
     def _scan(self) -> Iterator[tuple[int, str, int]]:
@@ -118,6 +119,7 @@ class DiskCache:
             return None
         try:
             found = os.pread(fd, size_bytes, at)
+            # The order of use has to survive a restart.
             os.utime(fd)
         except OSError as error:
             log.warning("cached chunk %s cannot be read and is fetched again: %s", chunk, error)

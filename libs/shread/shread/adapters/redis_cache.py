@@ -67,6 +67,7 @@ class RedisCache:
 
     async def put(self, chunk: ChunkId, content: bytes) -> None:
         value = zlib.crc32(content).to_bytes(_CRC_BYTES, "little") + content
+        # With an expiry, since chunks of deleted objects are not removed in any other way.
         await self._call(lambda: self._redis.set(self._key_of(chunk), value, ex=self._ttl_s))
 
     async def drop(self, chunk: ChunkId) -> None:

@@ -18,6 +18,7 @@ class CircuitBreaker:
             return True
         if now_ms < self._next_probe_ms:
             return False
+        # Set before the probe has an answer: all others go on without the helper meanwhile.
         self._next_probe_ms = now_ms + self._open_ms
         return True
 

@@ -40,7 +40,9 @@ class LruLimit(Generic[K]):
 
     def admit(self, key: K, size: int) -> list[K]:
         """Keeps `key` as just used, and returns the keys evicted for it. A key larger than the limit is not kept."""
+        # First, or a key that is kept again would evict others for the bytes that it gives up itself.
         self.drop(key)
+        # It would evict all others, and still not fit.
         if size > self.size_max:
             return [key]
         gone = []

@@ -21,8 +21,10 @@ class ReadAhead:
 
     def observe(self, partition: PartitionKey, offset: int, next_offset: int) -> int:
         """Returns the chunks to fetch ahead after a read of [offset, next_offset); 0 for a reader that jumped here."""
+        # Reads carry no name of a reader: one that continues is known by its offset.
         streak = self._expected.pop((partition, offset), 0)
         self._expected[partition, next_offset] = streak + 1
+        # The first is the reader that has not read for longest, as each read moves its entry to the end.
         if len(self._expected) > READERS_MAX:
             self._expected.popitem(last=False)
         return min(self._chunks_max, 1 << min(streak - 1, _DOUBLINGS_MAX)) if streak else 0

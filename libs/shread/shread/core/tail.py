@@ -48,6 +48,7 @@ def accept_batches(
             return str(error)
         if end_offset is not None and header.end_offset > end_offset:
             break
+        # The first batch may begin before the offset: batches are served whole, and the reader skips what it has.
         follows = header.base_offset == next_offset or (not accepted and header.base_offset < next_offset)
         if header.epoch != epoch or not follows or header.end_offset <= next_offset:
             found = f"{header.base_offset} to {header.end_offset} of epoch {header.epoch}"
