@@ -1,40 +1,27 @@
-"""Fixtures of the client's tests: `platform` is a running fake, `address` its host:port; `server` a fake that runs in
-another thread, for plain code."""
+"""Fixtures of the client's tests: `platform` is a running cluster, `address` its host:port; `server` a cluster that
+runs in another thread, for plain code."""
 
-import asyncio
-import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
-from client.tests.fake_streamhouse import FakeStreamHouse
+from tests.platform.cluster import Cluster, ThreadedCluster, in_thread
 
 
 @pytest.fixture
-async def platform():
-    async with FakeStreamHouse() as fake:
-        yield fake
+async def platform(tmp_path: Path) -> AsyncIterator[Cluster]:
+    async with Cluster(tmp_path / "platform") as cluster:
+        yield cluster
 
 
 @pytest.fixture
-def address(platform):
+def address(platform: Cluster) -> str:
     return platform.address
 
 
 @pytest.fixture
-def server():
-    """A fake that runs in another thread, as a server would."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    async def make():
-        fake = FakeStreamHouse()
-        await fake.server.start()
-        return fake
-
-    fake = asyncio.run_coroutine_threadsafe(make(), loop).result()
-    yield fake
-    asyncio.run_coroutine_threadsafe(fake.server.stop(0), loop).result()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+def server(tmp_path: Path) -> Iterator[ThreadedCluster]:
+    """A cluster that runs in another thread, as a server would."""
+    with in_thread(tmp_path / "server") as cluster:
+        yield cluster

@@ -47,7 +47,7 @@ async def test_what_no_message_can_carry_is_refused_with_its_name(address, platf
 
 
 async def test_offsets_and_groups(address, platform):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     async with Producer(address) as producer:
         await producer.send_many("t", [b"a", b"b", b"c"], timestamps_ms=[10, 20, 30], partition=1)
     async with Admin(address) as admin:
@@ -67,8 +67,8 @@ async def test_offsets_and_groups(address, platform):
 
 
 async def test_a_commit_names_the_topic_that_it_is_of(address, platform):
-    platform.add_topic("t", 2)
-    platform.add_topic("other", 1)
+    await platform.create_topic("t", 2)
+    await platform.create_topic("other", 1)
     async with Admin(address) as admin:
         ids = {"t": (await admin.describe_topic("t")).topic.topic_id}
         await admin.commit_group_offsets("g", {("t", 1): 2, ("other", 0): 7}, topic_ids=ids)
@@ -76,7 +76,7 @@ async def test_a_commit_names_the_topic_that_it_is_of(address, platform):
             ("t", ids["t"])
         ]
         await admin.delete_topic("t")
-        platform.add_topic("t", 2)
+        await platform.create_topic("t", 2)
         with pytest.raises(errors.UnknownTopic):
             await admin.commit_group_offsets("g", {("other", 0): 8, ("t", 1): 3}, topic_ids=ids)
         assert [(item.topic, item.offset) for item in await admin.group_offsets("g")] == [("other", 7)]
@@ -91,7 +91,7 @@ async def test_status(address, platform):
     async with Admin(address) as admin:
         status = await admin.status()
     assert status.sessions[0].role == "ingest"
-    assert status.events_position == 7
+    assert status.events_position == platform.position
 
 
 async def test_nobody_there():
@@ -101,14 +101,14 @@ async def test_nobody_there():
 
 
 async def test_the_next_coordinator_is_asked(address, platform):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Admin(f"127.0.0.1:1,{address}") as admin:
         assert len(await admin.list_topics()) == 1
 
 
 async def test_an_admin_that_is_closed_refuses_and_connects_no_more(address, platform):
     """A call after `close` made a connection that nobody closed."""
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     admin = Admin(address)
     await admin.list_topics()
     await admin.close()
@@ -119,7 +119,7 @@ async def test_an_admin_that_is_closed_refuses_and_connects_no_more(address, pla
 
 
 async def test_a_consumer_that_is_closed_commits_no_more(address, platform):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     consumer = Consumer(address, assign=[("t", 0)], group="g")
     await consumer.start()
     await consumer.close()
@@ -129,18 +129,18 @@ async def test_a_consumer_that_is_closed_commits_no_more(address, platform):
 
 
 async def test_metadata_is_fetched_once_and_anew_when_it_is_stale(address, platform):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     peers = Peers(address, 5000)
     metadata = MetadataCache(peers)
     assert (await metadata.topic("t")).leaders == [address, address]
     known = await metadata.topic("t")
-    assert platform.calls["get_metadata"] == 1
+    assert platform.faults.calls["get_metadata"] == 1
     await metadata.refresh("t", since_ms=known.fetched_ms - 1)
-    assert platform.calls["get_metadata"] == 1
-    platform.faults.no_leader = True
+    assert platform.faults.calls["get_metadata"] == 1
+    platform.advertise(leader="")
     await metadata.refresh("t", since_ms=known.fetched_ms)
     assert (await metadata.topic("t")).leaders == ["", ""]
-    del platform.topics["t"]
+    await platform.delete_topic("t")
     with pytest.raises(errors.UnknownTopic):
         await metadata.refresh("t")
     assert metadata.cached("t") is None
@@ -148,23 +148,16 @@ async def test_metadata_is_fetched_once_and_anew_when_it_is_stale(address, platf
 
 
 async def test_reading_goes_on_at_the_next_query_service(address, platform):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         await producer.send_many("t", [b"%d" % n for n in range(100)])
-    answer = platform.get_metadata
-
-    async def with_a_dead_one(request):
-        response = await answer(request)
-        response.query_addresses.insert(0, "127.0.0.1:1")
-        return response
-
-    platform.get_metadata = with_a_dead_one
+    platform.advertise(readers=["127.0.0.1:1", address])
     async with Consumer(address, ["t"], stop_at_end=True) as consumer:
         assert len([record async for record in consumer]) == 100
 
 
 async def test_more_partitions_than_one_subscription_takes(address, platform):
-    platform.add_topic("t", 600)
+    await platform.create_topic("t", 600)
     async with Producer(address) as producer:
         for number in (0, 499, 500, 599):
             await producer.send("t", b"%d" % number, partition=number)

@@ -67,7 +67,7 @@ async def stop(*tasks):
 
 
 async def test_a_member_is_told_of_what_comes_and_goes(platform, address):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     first, second = Told(), Told()
     seen = []
     async with Consumer(address, ["t"], group="g", **first.both) as one:
@@ -84,7 +84,7 @@ async def test_a_member_is_told_of_what_comes_and_goes(platform, address):
 
 
 async def test_nothing_is_handed_over_before_on_assigned_has_returned(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     await fill(address, 5, partitions=1)
     entered, go_on = asyncio.Event(), asyncio.Event()
 
@@ -96,8 +96,8 @@ async def test_nothing_is_handed_over_before_on_assigned_has_returned(platform, 
     reading = asyncio.create_task(anext(consumer))
     await entered.wait()
     assert consumer.assignment == {("t", 0)} and consumer.membership.state == "rebalancing"
-    heartbeats = platform.calls["heartbeat_group"]
-    await until(lambda: platform.calls["heartbeat_group"] > heartbeats + 5)
+    heartbeats = platform.faults.calls["heartbeat_group"]
+    await until(lambda: platform.faults.calls["heartbeat_group"] > heartbeats + 5)
     assert not reading.done() and consumer.positions() == {("t", 0): 0}
     assert not consumer._reader.received_bytes, "nothing is fetched"
     go_on.set()
@@ -106,7 +106,7 @@ async def test_nothing_is_handed_over_before_on_assigned_has_returned(platform, 
 
 
 async def test_positions_are_set_and_partitions_paused_in_on_assigned(platform, address):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     await fill(address, 10)
     consumers = []
 
@@ -127,7 +127,7 @@ async def test_positions_are_set_and_partitions_paused_in_on_assigned(platform, 
 
 async def test_what_is_revoked_is_committed_in_on_revoked(platform, address):
     """A sink that commits only what it has written: nobody reads a record of it again."""
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     await fill(address, 10)
     consumers, written, buffer = [], [], []
 
@@ -147,13 +147,13 @@ async def test_what_is_revoked_is_committed_in_on_revoked(platform, address):
         async with Consumer(address, ["t"], group="g", auto_commit=False) as other:
             reading = asyncio.create_task(anext(consumer))
             assert await other.wait_for_assignment(PATIENCE_S * 1000) == {("t", 1)}
-            assert len(written) == 20 and platform.groups["g"].offsets == {("t", 0): 10, ("t", 1): 10}
+            assert len(written) == 20 and platform.group("g").offsets == {("t", 0): 10, ("t", 1): 10}
             assert other.positions() == {("t", 1): 10}
             await stop(reading)
 
 
 async def test_a_partition_stays_with_its_member_while_on_revoked_runs(platform, address):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     await fill(address, 3)
     entered, go_on = asyncio.Event(), asyncio.Event()
     consumers = []
@@ -172,37 +172,37 @@ async def test_a_partition_stays_with_its_member_while_on_revoked_runs(platform,
         await until(lambda: len(seen) == 6)
         async with Consumer(address, ["t"], group="g") as other:
             await entered.wait()
-            heartbeats = platform.calls["heartbeat_group"]
-            await until(lambda: platform.calls["heartbeat_group"] > heartbeats + 10)
+            heartbeats = platform.faults.calls["heartbeat_group"]
+            await until(lambda: platform.faults.calls["heartbeat_group"] > heartbeats + 10)
             assert not other.assignment and other.membership.state == "rebalancing"
             async with Consumer(address, ["t"], group="g"):  # and other generations come and go meanwhile
-                await until(lambda: platform.groups["g"].generation == consumer.membership.generation)
+                await until(lambda: platform.group("g").generation == consumer.membership.generation)
             assert told.calls == [("assigned", {0, 1}), ("revoked", {1})]
             go_on.set()
             assert await other.wait_for_assignment(PATIENCE_S * 1000) == {("t", 1)}
-            assert platform.groups["g"].offsets["t", 1] == 3
+            assert platform.group("g").offsets["t", 1] == 3
         await stop(reading)
 
 
 async def test_a_record_in_hand_is_done_with_when_on_revoked_is_called(platform, address):
     """It is called by the task that asks for the next one, and not while it still works."""
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     await fill(address, 3, partitions=1)
     told = Told()
     async with Consumer(address, ["t"], group="g", auto_commit_interval_ms=3_600_000, **told.both) as consumer:
         assert (await anext(consumer)).offset == 0
-        platform.add_topic("u", 1)
+        await platform.create_topic("u", 1)
         consumer._assignments.stop_reading()  # as the group would
         await asyncio.sleep(0.05)
-        assert told.calls == [("assigned", {0})] and platform.groups["g"].offsets == {}
+        assert told.calls == [("assigned", {0})] and platform.group("g").offsets == {}
         asking = asyncio.create_task(anext(consumer))
         await until(lambda: ("revoked", {0}) in told.calls)
-        assert platform.groups["g"].offsets == {("t", 0): 1}
+        assert platform.group("g").offsets == {("t", 0): 1}
         await stop(asking)
 
 
 async def test_a_member_that_is_expelled_has_lost_its_partitions(platform, address):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     await fill(address, 3)
     refused = []
     consumers = []
@@ -220,7 +220,7 @@ async def test_a_member_that_is_expelled_has_lost_its_partitions(platform, addre
     async with consumers[0] as consumer:
         reading = asyncio.create_task(keep_reading(consumer, seen))
         await until(lambda: len(seen) == 6)
-        platform.expel("g")
+        await platform.expel("g")
         await until(lambda: len(told.calls) == 3)
         await stop(reading)
     assert told.calls == [("assigned", {0, 1}), ("lost", {0, 1}), ("assigned", {0, 1}), ("revoked", {0, 1})]
@@ -228,11 +228,11 @@ async def test_a_member_that_is_expelled_has_lost_its_partitions(platform, addre
 
 
 async def test_without_on_lost_on_revoked_is_called(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     told = Told()
     async with Consumer(address, ["t"], group="g", **told.both) as consumer:
         reading = asyncio.create_task(anext(consumer))
-        platform.expel("g")
+        await platform.expel("g")
         await until(lambda: len(told.calls) == 3)
         await stop(reading)
     assert told.calls == [("assigned", {0}), ("revoked", {0}), ("assigned", {0}), ("revoked", {0})]
@@ -240,7 +240,7 @@ async def test_without_on_lost_on_revoked_is_called(platform, address):
 
 @pytest.mark.parametrize("failing", ["assigned", "revoked", "lost"])
 async def test_what_a_callback_raises_is_raised_by_reading_and_the_hand_over_goes_on(platform, address, failing):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     await fill(address, 5)
 
     async def also(kind, partitions):
@@ -256,7 +256,7 @@ async def test_what_a_callback_raises_is_raised_by_reading_and_the_hand_over_goe
         assert consumer.assignment == {("t", 0), ("t", 1)}
     assert len([await anext(consumer) for _ in range(10)]) == 10
     if failing == "lost":
-        platform.expel("g")
+        await platform.expel("g")
         with pytest.raises(ZeroDivisionError):
             await anext(consumer)
         assert len([await anext(consumer) for _ in range(10)]) == 10, "joined anew"
@@ -267,11 +267,11 @@ async def test_what_a_callback_raises_is_raised_by_reading_and_the_hand_over_goe
             assert await other.wait_for_assignment(PATIENCE_S * 1000) == {("t", 1)}
     assert consumer.membership.state != "out"
     await consumer.close()
-    assert not platform.groups["g"].members
+    assert not platform.group("g").members
 
 
 async def test_a_wait_that_is_cancelled_does_not_interrupt_a_callback(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     await fill(address, 1, partitions=1)
     go_on, ended = asyncio.Event(), []
 
@@ -290,7 +290,7 @@ async def test_a_wait_that_is_cancelled_does_not_interrupt_a_callback(platform, 
 
 
 async def test_a_poll_waits_for_a_callback_and_for_records_no_longer_than_it_may(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     told = Told(lambda kind, partitions: asyncio.sleep(0.2))
     consumer = Consumer(address, ["t"], group="g", **told.both)
     assert (await consumer.poll(1) == {} and told.calls == [("assigned", {0})]) or await consumer.poll(1) == {}
@@ -301,7 +301,7 @@ async def test_a_poll_waits_for_a_callback_and_for_records_no_longer_than_it_may
 
 
 async def test_other_tasks_read_on_while_one_is_inside_a_callback(platform, address):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     entered, go_on = asyncio.Event(), asyncio.Event()
 
     async def on_revoked(partitions):
@@ -322,7 +322,7 @@ async def test_other_tasks_read_on_while_one_is_inside_a_callback(platform, addr
 
 
 async def test_a_callback_that_is_slower_than_the_poll_interval_loses_the_membership(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     await fill(address, 1, partitions=1)
     go_on = asyncio.Event()
 
@@ -333,8 +333,8 @@ async def test_a_callback_that_is_slower_than_the_poll_interval_loses_the_member
     told = Told(also)
     consumer = Consumer(address, ["t"], group="g", max_poll_interval_ms=200, **told.all)
     reading = asyncio.create_task(anext(consumer))
-    await until(lambda: platform.groups["g"].members)
-    await until(lambda: not platform.groups["g"].members)
+    await until(lambda: platform.group("g").members)
+    await until(lambda: not platform.group("g").members)
     assert consumer.membership.state == "out" and not reading.done()
     go_on.set()
     with pytest.raises(PollIntervalExceeded):
@@ -346,7 +346,7 @@ async def test_a_callback_that_is_slower_than_the_poll_interval_loses_the_member
 
 async def test_a_commit_in_on_revoked_of_a_member_that_was_expelled_meanwhile_is_refused(platform, address):
     """It has rejoined, and another member may have gone further in between."""
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     entered, go_on = asyncio.Event(), asyncio.Event()
 
     async def also(kind, partitions):
@@ -360,9 +360,9 @@ async def test_a_commit_in_on_revoked_of_a_member_that_was_expelled_meanwhile_is
         reading = asyncio.create_task(anext(consumer))
         async with Consumer(address, ["t"], group="g", auto_commit=False):
             await entered.wait()
-        joins = platform.calls["join_group"]
-        platform.expel("g")
-        await until(lambda: platform.calls["join_group"] > joins)
+        joins = platform.faults.calls["join_group"]
+        await platform.expel("g")
+        await until(lambda: platform.faults.calls["join_group"] > joins)
         await until(lambda: consumer.membership.member_id)
         go_on.set()
         with pytest.raises((IllegalGeneration, UnknownMember)):
@@ -370,12 +370,12 @@ async def test_a_commit_in_on_revoked_of_a_member_that_was_expelled_meanwhile_is
         reading = asyncio.create_task(anext(consumer))
         await until(lambda: consumer.assignment == {("t", 0), ("t", 1)} and consumer.membership.state == "stable")
         await stop(reading)
-    assert platform.groups["g"].offsets == {}
+    assert platform.group("g").offsets == {}
     assert told.calls[:3] == [("assigned", {0, 1}), ("revoked", {1}), ("lost", {0})]
 
 
 async def test_reading_and_closing_are_refused_inside_a_callback(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     refused = []
 
     async def on_assigned(partitions):
@@ -408,7 +408,7 @@ async def test_reading_and_closing_are_refused_inside_a_callback(platform, addre
 
 async def test_a_deleted_topic_does_not_keep_others_from_being_committed_in_on_revoked(platform, address):
     for topic in ("t", "u"):
-        platform.add_topic(topic, 1)
+        await platform.create_topic(topic, 1)
         await fill(address, 3, topic=topic, partitions=1)
     consumers = []
 
@@ -419,12 +419,12 @@ async def test_a_deleted_topic_does_not_keep_others_from_being_committed_in_on_r
     async with consumers[0] as consumer:
         for _ in range(6):
             await anext(consumer)
-        del platform.topics["u"]
-    assert platform.groups["g"].offsets == {("t", 0): 3}
+        await platform.delete_topic("u")
+    assert platform.group("g").offsets == {("t", 0): 3}
 
 
 async def test_what_a_callback_raises_while_closing_is_raised_once_all_is_closed(platform, address, caplog):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
 
     def on_revoked(partitions):
         raise ZeroDivisionError
@@ -433,7 +433,7 @@ async def test_what_a_callback_raises_while_closing_is_raised_once_all_is_closed
     await consumer.start()
     with pytest.raises(ZeroDivisionError):
         await consumer.close()
-    assert not platform.groups["g"].members
+    assert not platform.group("g").members
     with pytest.raises(KeyError):
         async with Consumer(address, ["t"], group="g", on_revoked=on_revoked):
             raise KeyError
@@ -442,7 +442,7 @@ async def test_what_a_callback_raises_while_closing_is_raised_once_all_is_closed
 
 @pytest.mark.parametrize("slow", ["a callback", "the last commit", "leaving"])
 async def test_closing_takes_no_longer_than_it_may(platform, address, slow, monkeypatch):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     await fill(address, 1, partitions=1)
     cancelled = []
 
@@ -461,14 +461,13 @@ async def test_closing_takes_no_longer_than_it_may(platform, address, slow, monk
         await asyncio.Event().wait()
 
     if slow == "the last commit":
-        monkeypatch.setattr(platform, "commit_offsets", hang)
-        monkeypatch.setattr(consumer._membership, "commit_through_rebalance", hang)
+        platform.faults.hang("commit_offsets")
     if slow == "leaving":
         monkeypatch.setattr(consumer._membership, "leave", hang)
     with pytest.raises(TimeoutError, match=r"not closed within timeout_s = 0\.1"):
         await consumer.close(0.1)
     assert bool(cancelled) == (slow == "a callback")
-    assert platform.groups["g"].offsets == ({} if slow == "the last commit" else {("t", 0): 1})
+    assert platform.group("g").offsets == ({} if slow == "the last commit" else {("t", 0): 1})
     await consumer.close()
     with pytest.raises(InvalidArgument, match="closed"):
         await consumer.poll()
@@ -478,7 +477,7 @@ async def test_closing_takes_no_longer_than_it_may(platform, address, slow, monk
 
 @pytest.mark.parametrize("name", ["on_assigned", "on_revoked"])
 async def test_a_callback_that_swallows_its_cancellation_does_not_hold_up_closing(platform, address, name, caplog):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     is_free, cancellations = asyncio.Event(), 0
 
     async def stubborn(partitions):
@@ -508,7 +507,7 @@ async def test_a_callback_that_swallows_its_cancellation_does_not_hold_up_closin
 
 @pytest.mark.parametrize("ask", ["poll", "iterate"])
 async def test_a_close_that_cancels_a_callback_does_not_cancel_who_waits_for_it(platform, address, ask):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
 
     async def on_assigned(partitions):
         await asyncio.Event().wait()
@@ -526,7 +525,7 @@ async def test_a_close_that_cancels_a_callback_does_not_cancel_who_waits_for_it(
 
 
 async def test_a_close_that_is_cancelled_does_not_wait_for_a_callback_that_swallows_it(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     is_free, begun = asyncio.Event(), asyncio.Event()
 
     async def on_revoked(partitions):
@@ -554,7 +553,7 @@ async def test_what_is_no_callback_is_refused(address):
 
 async def test_several_tasks_that_wait_leave_the_event_loop_its_turns(platform, address, monkeypatch):
     """One calls the callback; the others neither call it nor ask again and again whether it is due."""
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     await fill(address, 5, partitions=1)
     asked, call_due = [], Assignments.call_due
 

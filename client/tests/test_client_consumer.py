@@ -1,4 +1,4 @@
-"""The consumer against a real gRPC server with an in-memory log."""
+"""The consumer against a platform in memory, on a real gRPC server."""
 
 import asyncio
 import random
@@ -7,24 +7,32 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pytest
-from shproto.v1 import coordinator_pb2
+from shformat import read_batch_header
+from shproto.v1 import coordinator_pb2, query_pb2
 from streamhouse import Admin, Consumer, OffsetAndMetadata, Producer, Record, errors
 from streamhouse.core.options import ConsumerOptions
 from streamhouse.core.positions import Cursor, Position
 from streamhouse.membership import Membership
 from streamhouse.records import TopicPartition
 
-from client.tests.fake_streamhouse import FakeStreamHouse
+from tests.platform.cluster import Cluster, QueryServer
 
 # Until what must come is given up: no duration is what is tested, and the machine may be busy.
 PATIENCE_S = 60
 
 
-async def fill(platform, address, count, partitions=3, topic="t"):
+@pytest.fixture
+async def narrow(tmp_path):
+    """A cluster whose epochs have a thousand offsets each."""
+    async with Cluster(tmp_path, range_width_offsets=1_000) as cluster:
+        yield cluster
+
+
+async def fill(platform, address, count, partitions=3, topic="t", acks="wal"):
     """`count` numbered records, keyed, with timestamps 0, 1, 2, ..."""
-    if topic not in platform.topics:
-        platform.add_topic(topic, partitions)
-    async with Producer(address, batch_bytes=1000) as producer:
+    if not platform.has_topic(topic):
+        await platform.create_topic(topic, partitions)
+    async with Producer(address, batch_bytes=1000, acks=acks) as producer:
         values = [b"%d" % n for n in range(count)]
         await producer.send_many(
             topic, values, keys=[b"k%d" % (n % 13) for n in range(count)], timestamps_ms=range(count)
@@ -75,7 +83,7 @@ def received(consumer, monkeypatch, measure):
 
 async def test_records_without_bytes_fill_the_prefetch_too(platform, address, monkeypatch):
     """Null keys and values cost their offsets and timestamps all the same."""
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     count, per_batch = 100_000, 1_000
     async with Producer(address, batch_bytes=per_batch * 32) as producer:
         await producer.send_many("t", [None] * count)
@@ -92,12 +100,28 @@ async def test_records_without_bytes_fill_the_prefetch_too(platform, address, mo
     assert per_batch <= max(ahead) <= 2 * per_batch
 
 
+async def without_windows(requests, subscribe):
+    """A query service of before there were windows."""
+
+    async def known():
+        async for request in requests:
+            for position in request.positions:
+                position.ClearField("window_bytes")
+            if request.positions:
+                yield request
+
+    async with aclosing(subscribe(known())) as responses:
+        async for response in responses:
+            yield response
+
+
 @pytest.mark.parametrize("windows_unknown", [False, True])
 async def test_what_is_prefetched_is_bounded_by_what_it_takes_decoded(platform, address, windows_unknown, monkeypatch):
     """Of data that compresses well, four thousand times that is in one response. Also with a query service that knows
     nothing of windows."""
-    platform.add_topic("t", 2)
-    platform.faults.windows_unknown = windows_unknown
+    await platform.create_topic("t", 2)
+    if windows_unknown:
+        platform.faults.wrap("subscribe", without_windows)
     mib = 1 << 20
     async with Producer(address) as producer:
         for partition in (0, 1):
@@ -118,7 +142,7 @@ async def test_what_is_prefetched_is_bounded_by_what_it_takes_decoded(platform, 
 @pytest.mark.parametrize("same", [False, True])
 async def test_a_new_record_of_a_quiet_partition_does_not_wait_behind_the_backlog_of_another(platform, address, same):
     """Nor behind what was fetched of it already."""
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     async with Producer(address) as producer:
         for _ in range(30):
             await producer.send_many("t", [b"same" * 50 if same else random.randbytes(200)] * 2_000, partition=0)
@@ -151,7 +175,7 @@ async def test_a_slow_application_reads_all_of_its_partitions(platform, address)
 
 
 async def test_a_query_service_that_sends_beyond_a_window_is_borne(platform, address):
-    platform.faults.windows_unknown = True
+    platform.faults.wrap("subscribe", without_windows)
     await fill(platform, address, 5_000)
     async with Consumer(address, ["t"], prefetch_bytes_max=2_000, stop_at_end=True) as consumer:
         assert len([record async for record in consumer]) == 5_000
@@ -181,7 +205,7 @@ async def test_batches_are_columns(platform, address):
 
 async def test_stop_at_end_ends_where_the_log_ended(platform, address):
     await fill(platform, address, 1000)
-    platform.add_topic("empty", 2)
+    await platform.create_topic("empty", 2)
     async with Consumer(address, ["t", "empty"], stop_at_end=True, fetch_bytes=500) as consumer:
         assert len([record async for record in consumer]) == 1000
         await fill(platform, address, 100)
@@ -260,15 +284,15 @@ async def test_an_end_beyond_the_log_is_waited_for_or_not_as_asked(platform, add
                 await anext(consumer)
         await fill(platform, address, 100)
         assert [record.offset async for record in consumer] == list(range(100, 150))
-    assert platform.groups["g"].offsets == {("t", 0): 150}
+    assert platform.group("g").offsets == {("t", 0): 150}
 
 
-async def test_an_end_between_two_epochs_is_reached_with_the_last_record_before(platform, address):
-    await fill(platform, address, 10, partitions=1)
-    platform.log("t", 0).new_epoch(1000)
-    await fill(platform, address, 10, partitions=1)
+async def test_an_end_between_two_epochs_is_reached_with_the_last_record_before(narrow):
+    await fill(narrow, narrow.address, 10, partitions=1)
+    await narrow.change_leader("t")
+    await fill(narrow, narrow.address, 10, partitions=1)
     for end, count in ((10, 10), (11, 10), (1000, 10), (1001, 11)):
-        async with Consumer(address, ["t"], end=end) as consumer, asyncio.timeout(PATIENCE_S):
+        async with Consumer(narrow.address, ["t"], end=end) as consumer, asyncio.timeout(PATIENCE_S):
             assert len([record async for record in consumer]) == count
 
 
@@ -288,7 +312,7 @@ async def test_assign_and_seek(platform, address):
 
 async def test_a_seek_takes_an_offset_of_a_batch_and_refuses_what_is_none(platform, address):
     """An offset of numpy was taken for a time in milliseconds: reading went on at the earliest record."""
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         await producer.send_many("t", [b"v"] * 100)
     async with Consumer(address, ["t"]) as consumer:
@@ -308,35 +332,33 @@ async def test_a_seek_moves_no_partition_of_a_topic_created_again_meanwhile(plat
     """The offset found is one of the topic that is gone."""
     await fill(platform, address, 100, partitions=1)
     async with Consumer(address, ["t"]) as consumer:
-        platform.faults.lookups_refused = 3
+        platform.faults.fail("lookup_offsets", errors.Overloaded("too many calls", retry_after_ms=1), 3)
         seeking = asyncio.create_task(consumer.seek("t", 0, "latest"))
-        await until(lambda: platform.faults.lookups_refused < 3)
+        await until(lambda: platform.faults.failing("lookup_offsets") < 3)
         consumer._reader.put(Cursor.at(TopicPartition("t", 0), 0, topic_id=b"another"))
         with pytest.raises(errors.InvalidArgument, match="t/0 was taken away meanwhile"):
             await seeking
         assert consumer.positions() == {("t", 0): 0}
 
 
-async def test_the_last_records_of_each_partition_are_counted_over_epochs(platform, address):
-    for count in (5, 5, 0):
-        for partition in range(2 if count else 0):
-            async with Producer(address) as producer:
-                if "t" not in platform.topics:
-                    platform.add_topic("t", 2)
+async def test_the_last_records_of_each_partition_are_counted_over_epochs(narrow):
+    await narrow.create_topic("t", 2)
+    for counts in ((10, 5), (0, 5)):
+        async with Producer(narrow.address) as producer:
+            for partition, count in enumerate(counts):
                 await producer.send_many("t", [b"v"] * count, partition=partition)
-        if count:
-            platform.log("t", 1).new_epoch(platform.log("t", 1).next_offset + 1000)
-    async with Consumer(address, ["t"], start=-7, stop_at_end=True) as consumer:
+        await narrow.change_leader("t")
+    async with Consumer(narrow.address, ["t"], start=-7, stop_at_end=True) as consumer:
         rows = by_partition([record async for record in consumer])
     assert [[record.offset for record in rows[number]] for number in range(2)] == [
         list(range(3, 10)),
-        [3, 4, *range(1005, 1010)],
+        [3, 4, *range(1000, 1005)],
     ]
 
 
 async def test_seeking_to_the_ends_and_to_a_time(platform, address):
     await fill(platform, address, 1000)
-    ends = {("t", number): platform.log("t", number).next_offset for number in range(3)}
+    ends = {("t", number): await platform.end("t", number) for number in range(3)}
     consumer = Consumer(address, ["t"])
     await consumer.seek_to_end()  # starts it
     async with consumer:
@@ -372,24 +394,22 @@ async def test_records_then_batches_leave_nothing_out(platform, address):
 
 async def test_a_broken_stream_resumes_where_it_was(platform, address):
     await fill(platform, address, 3000)
-    platform.faults.subscribe_cut_after = 2
+    platform.faults.cut("subscribe", 2)
     async with Consumer(address, ["t"], fetch_bytes=2000, stop_at_end=True) as consumer:
         records = [record async for record in consumer]
     assert sorted(int(record.value) for record in records) == list(range(3000))
-    assert platform.calls["subscribe"] >= 2
+    assert platform.faults.calls["subscribe"] >= 2
 
 
 async def test_consumers_spread_over_the_query_services_and_leave_those_that_end(platform, address):
     await fill(platform, address, 10, 1)
-    async with FakeStreamHouse() as other, AsyncExitStack() as consumers:
-        other.topics, other.logs = platform.topics, platform.logs
-        platform.faults.reader = f"{address},{other.address}"
+    async with QueryServer(platform) as other, AsyncExitStack() as consumers:
         reading = [await consumers.enter_async_context(Consumer(address, ["t"], start="earliest")) for _ in range(20)]
         for consumer in reading:
             assert len(await take(consumer, 10)) == 10
-        assert platform.calls["subscribe"] and other.calls["subscribe"]
-        assert platform.calls["subscribe"] + other.calls["subscribe"] == 20
-        await other.server.stop(0)
+        assert platform.faults.calls["subscribe"] and other.faults.calls["subscribe"]
+        assert platform.faults.calls["subscribe"] + other.faults.calls["subscribe"] == 20
+        await other.stop()
         await fill(platform, address, 10, 1)
         for consumer in reading:
             assert len(await take(consumer, 10)) == 10
@@ -397,7 +417,7 @@ async def test_consumers_spread_over_the_query_services_and_leave_those_that_end
 
 async def test_a_gap_between_epochs_is_stepped_over(platform, address):
     await fill(platform, address, 100, partitions=1)
-    platform.log("t", 0).new_epoch(1 << 30)
+    await platform.change_leader("t")
     await fill(platform, address, 50)
     async with Consumer(address, ["t"], stop_at_end=True) as consumer:
         offsets = [record.offset async for record in consumer]
@@ -411,13 +431,12 @@ async def test_a_gap_between_epochs_is_stepped_over(platform, address):
 
 async def test_a_skip_that_nobody_explains_is_an_error(platform, address):
     await fill(platform, address, 1000, partitions=1)
-    del platform.log("t", 0).batches[1]
+    second = (await platform.batches("t"))[1]
 
-    def read(offset, max_bytes):
-        later = [batch for batch in platform.log("t", 0).batches if batch.end_offset > offset]
-        return [batch.data for batch in later], 1000
+    def skip(request, response):
+        response.batches[:] = [batch for batch in response.batches if batch != second]
 
-    platform.log("t", 0).read = read
+    platform.faults.change("subscribe", skip)
     async with Consumer(address, ["t"]) as consumer:
         with pytest.raises(errors.DataLoss, match="without saying why"):
             await take(consumer, 1000)
@@ -425,8 +444,12 @@ async def test_a_skip_that_nobody_explains_is_an_error(platform, address):
 
 async def test_offsets_that_go_back_are_an_error(platform, address):
     await fill(platform, address, 200, partitions=1)
-    log = platform.log("t", 0)
-    log.read = lambda offset, max_bytes: ([log.batches[0].data, log.batches[0].data], 200)
+    first = (await platform.batches("t"))[0]
+
+    def go_back(request, response):
+        response.batches[:] = [first, first]
+
+    platform.faults.change("subscribe", go_back)
     async with Consumer(address, ["t"]) as consumer:
         with pytest.raises(errors.Internal, match="went back"):
             await take(consumer, 200)
@@ -434,10 +457,11 @@ async def test_offsets_that_go_back_are_an_error(platform, address):
 
 async def test_damaged_bytes_are_data_loss(platform, address):
     await fill(platform, address, 200, partitions=1)
-    log = platform.log("t", 0)
-    damaged = bytearray(log.batches[0].data)
-    damaged[-1] ^= 1
-    log.read = lambda offset, max_bytes: ([bytes(damaged)], 200)
+
+    def damage(request, response):
+        response.batches[:] = [batch[:-1] + bytes([batch[-1] ^ 1]) for batch in response.batches]
+
+    platform.faults.change("subscribe", damage)
     async with Consumer(address, ["t"]) as consumer:
         with pytest.raises(errors.DataLoss, match="t/0"):
             await take(consumer, 1)
@@ -445,21 +469,21 @@ async def test_damaged_bytes_are_data_loss(platform, address):
 
 async def test_data_loss_is_raised_or_skipped_as_asked(platform, address):
     await fill(platform, address, 300, partitions=1)
-    end = platform.log("t", 0).batches[0].end_offset
+    end = read_batch_header((await platform.batches("t"))[0]).end_offset
     loss = errors.DataLoss("gone", topic="t", partition=0, base_offset=0, end_offset=end)
-    platform.faults.fetch_error["t", 0] = loss
+    platform.faults.fail_partition(loss)
     async with Consumer(address, ["t"]) as consumer:
         with pytest.raises(errors.DataLoss, match="gone"):
             await take(consumer, 1)
         assert (await take(consumer, 1))[0].offset == 0  # asked again
-    platform.faults.fetch_error["t", 0] = loss
+    platform.faults.fail_partition(loss)
     async with Consumer(address, ["t"], on_data_loss="skip") as consumer:
         assert (await take(consumer, 1))[0].offset == end
 
 
 async def test_offsets_out_of_range(platform, address):
-    await fill(platform, address, 300, partitions=1)
-    platform.log("t", 0).start_offset = 100
+    await fill(platform, address, 300, partitions=1, acks="durable")
+    await platform.delete_records("t", 0, 100)
     async with Consumer(address, ["t"], start=5) as consumer:
         with pytest.raises(errors.OffsetBelowStart):
             await take(consumer, 1)
@@ -494,14 +518,20 @@ async def test_a_bounded_read_from_beyond_the_end_is_out_of_range_too(platform, 
 @pytest.mark.parametrize("more", [0, 5])
 async def test_an_end_that_was_out_of_date_does_not_refuse_a_bounded_read(platform, address, more):
     await fill(platform, address, 300, partitions=1)
-    platform.faults.latest_behind = 100  # a query service that has yet to hear of the last records
+
+    def behind(request, answer):
+        """As by a query service that has yet to hear of the last records."""
+        for lookup, found in zip(request.lookups, answer.offsets, strict=True):
+            found.offset -= 100 if lookup.spec == query_pb2.OFFSET_SPEC_LATEST else 0
+
+    platform.faults.change("lookup_offsets", behind)
     async with Consumer(address, ["t"], start=300 - more, stop_at_end=True) as consumer:
         assert [record async for record in consumer] == []
         assert consumer.positions() == {("t", 0): 300 - more}
 
 
 async def test_headers_are_a_tuple_with_and_without_any(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         await producer.send("t", b"bare batch", partition=0)
         await producer.flush()
@@ -509,6 +539,13 @@ async def test_headers_are_a_tuple_with_and_without_any(platform, address):
         await producer.send("t", b"dressed", headers=[("a", b"1"), ("b", None)], partition=0)
     async with Consumer(address, ["t"], stop_at_end=True) as consumer:
         assert [record.headers async for record in consumer] == [(), (), (("a", b"1"), ("b", None))]
+
+
+def waiting_for(reason):
+    def change(request, response):
+        response.waiting_reason = reason
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -520,8 +557,8 @@ async def test_headers_are_a_tuple_with_and_without_any(platform, address):
     ],
 )
 async def test_a_line_about_a_waiting_partition_names_it_once(platform, address, caplog, reason, line):
-    platform.add_topic("t", 1)
-    platform.waiting["t", 0] = reason
+    await platform.create_topic("t", 1)
+    platform.faults.change("subscribe", waiting_for(reason))
     async with Consumer(address, ["t"], start="earliest") as consumer:
         await until(lambda: consumer.waiting)
     assert line in caplog.messages
@@ -529,12 +566,11 @@ async def test_a_line_about_a_waiting_partition_names_it_once(platform, address,
 
 async def test_waiting_is_surfaced(platform, address):
     await fill(platform, address, 10, partitions=1)
-    platform.waiting["t", 0] = "epoch 1 is unsettled"
+    platform.faults.change("subscribe", waiting_for("epoch 1 is unsettled"))
     async with Consumer(address, ["t"]) as consumer:
         await take(consumer, 10)
         assert consumer.waiting == {("t", 0): "epoch 1 is unsettled"}
-        platform.waiting.clear()
-        platform.wake()
+        platform.faults.mend("subscribe")
         await fill(platform, address, 1)
         await take(consumer, 1)
         assert consumer.waiting == {}
@@ -544,7 +580,7 @@ async def test_unknown_topic_and_bad_arguments(platform, address):
     with pytest.raises(errors.UnknownTopic):
         async with Consumer(address, ["nope"]):
             pass
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     with pytest.raises(errors.UnknownPartition):
         async with Consumer(address, assign=[("t", 1)]):
             pass
@@ -563,10 +599,10 @@ async def test_unknown_topic_and_bad_arguments(platform, address):
 async def test_iterating_again_after_a_start_that_failed_or_was_cancelled(platform, address, group):
     await fill(platform, address, 10, partitions=1)
     consumer = Consumer(address, ["t"], group=group, retry_timeout_ms=2_000)
-    platform.faults.metadata_down = True
+    platform.faults.fail("get_metadata", errors.Unavailable("no PostgreSQL"))
     with pytest.raises(errors.Unavailable):
         await anext(consumer)
-    platform.faults.metadata_down = False
+    platform.faults.mend("get_metadata")
     starting = asyncio.create_task(consumer.start())
     await asyncio.sleep(0)
     starting.cancel()
@@ -574,10 +610,10 @@ async def test_iterating_again_after_a_start_that_failed_or_was_cancelled(platfo
     assert starting.cancelled()
     first, second = asyncio.create_task(consumer.start()), asyncio.create_task(consumer.start())
     await asyncio.gather(first, second)
-    assert len(platform.groups["g"].members) == (group is not None)
+    assert len(platform.group("g").members) == (group is not None)
     assert len(await take(consumer, 10)) == 10
     await consumer.close()
-    assert platform.groups["g"].members == {}
+    assert platform.group("g").members == frozenset()
     with pytest.raises(StopAsyncIteration):
         await anext(consumer)
 
@@ -586,8 +622,7 @@ async def test_a_topic_deleted_while_reading(platform, address):
     await fill(platform, address, 10, partitions=1)
     async with Consumer(address, ["t"]) as consumer:
         await take(consumer, 10)
-        del platform.topics["t"]
-        platform.wake()
+        await platform.delete_topic("t")
         with pytest.raises(errors.UnknownTopic):
             await take(consumer, 1)
 
@@ -599,36 +634,34 @@ async def test_a_topic_deleted_while_reading(platform, address):
 async def test_a_member_that_begins_at_the_end_has_begun_when_start_returns(platform, address, auto_commit):
     """And where that was is kept, for whoever reads the partition next: what comes now is the group's to read."""
     await fill(platform, address, 30, partitions=3)
-    ends = {("t", number): platform.log("t", number).next_offset for number in range(3)}
+    ends = {("t", number): await platform.end("t", number) for number in range(3)}
     async with Consumer(address, ["t"], group="g", start="latest", auto_commit=auto_commit) as consumer:
-        assert platform.groups["g"].offsets == ends == consumer.positions()
+        assert platform.group("g").offsets == ends == consumer.positions()
         await fill(platform, address, 30)
         assert {record.offset - ends["t", record.partition] for record in await take(consumer, 30)} >= {0, 1}
     async with Consumer(address, ["t"], group="g", start="latest") as consumer:
-        assert consumer.positions() == (
-            {where: platform.log(*where).next_offset for where in ends} if auto_commit else ends
-        )
+        assert consumer.positions() == ({where: await platform.end(*where) for where in ends} if auto_commit else ends)
 
 
 async def test_a_group_that_begins_before_the_end_keeps_where_that_was(platform, address):
     await fill(platform, address, 10, partitions=1)
     async with Consumer(address, ["t"], group="g", start=-4, auto_commit=False):
-        assert platform.groups["g"].offsets == {("t", 0): 6}
+        assert platform.group("g").offsets == {("t", 0): 6}
 
 
 async def test_a_consumer_of_given_partitions_keeps_where_the_end_was_too(platform, address):
     await fill(platform, address, 10, partitions=1)
     async with Consumer(address, assign=[("t", 0)], group="g", start="latest", auto_commit=False):
-        assert platform.groups["g"].offsets == {("t", 0): 10}
+        assert platform.group("g").offsets == {("t", 0): 10}
 
 
 async def test_a_member_that_cannot_find_out_where_to_begin_says_so(platform, address):
     await fill(platform, address, 10, partitions=1)
-    platform.faults.lookups_down = True
+    platform.faults.fail("lookup_offsets", errors.Unavailable("no leader answers"))
     consumer = Consumer(address, ["t"], group="g", retry_timeout_ms=1_000)
     with pytest.raises(errors.Unavailable, match="no leader answers"):
         await consumer.start()
-    platform.faults.lookups_down = False
+    platform.faults.mend("lookup_offsets")
     assert len(await take(consumer, 10)) == 10  # it has gone on trying
     await consumer.close()
 
@@ -638,9 +671,9 @@ async def test_a_last_commit_that_is_refused_is_raised(platform, address):
     with pytest.raises(errors.InvalidArgument, match="no room"):
         async with Consumer(address, ["t"], group="g") as consumer:
             await take(consumer, 10)
-            platform.faults.refuse_commits = [errors.InvalidArgument("no room for it")]
-    assert platform.groups["g"].offsets == {}
-    assert platform.groups["g"].members == {}, "it has left all the same"
+            platform.faults.fail("commit_offsets", errors.InvalidArgument("no room for it"), 1)
+    assert platform.group("g").offsets == {}
+    assert platform.group("g").members == frozenset(), "it has left all the same"
 
 
 async def test_a_last_commit_that_is_refused_does_not_hide_what_went_wrong_before(platform, address, caplog):
@@ -648,7 +681,7 @@ async def test_a_last_commit_that_is_refused_does_not_hide_what_went_wrong_befor
     with pytest.raises(ValueError):
         async with Consumer(address, ["t"], group="g") as consumer:
             await take(consumer, 10)
-            platform.faults.refuse_commits = [errors.InvalidArgument("no room")]
+            platform.faults.fail("commit_offsets", errors.InvalidArgument("no room"), 1)
             raise ValueError
     assert "the last commit failed, records will be read again: no room" in caplog.text
 
@@ -657,8 +690,8 @@ async def test_a_last_commit_is_tried_again_where_that_may_help(platform, addres
     await fill(platform, address, 10, partitions=1)
     async with Consumer(address, ["t"], group="g") as consumer:
         await take(consumer, 10)
-        platform.faults.refuse_commits = [errors.Unavailable("a coordinator restarts")] * 3
-    assert platform.groups["g"].offsets == {("t", 0): 10}
+        platform.faults.fail("commit_offsets", errors.Unavailable("a coordinator restarts"), 3)
+    assert platform.group("g").offsets == {("t", 0): 10}
 
 
 async def test_leaving_while_the_group_has_forgotten_what_was_done_is_an_error(platform, address):
@@ -666,8 +699,8 @@ async def test_leaving_while_the_group_has_forgotten_what_was_done_is_an_error(p
     with pytest.raises(errors.UnknownMember, match="forgotten this consumer"):
         async with Consumer(address, ["t"], group="g", auto_commit_interval_ms=60_000) as consumer:
             await take(consumer, 10)
-            platform.faults.join_down = True
-            platform.expel("g")
+            platform.faults.fail("join_group", errors.Unavailable("no PostgreSQL"))
+            await platform.expel("g")
             await until(lambda: not consumer.assignment)
 
 
@@ -682,13 +715,13 @@ async def test_an_application_that_hangs_gives_its_partitions_to_others(platform
         assert (await take(hung, 10))[-1].offset == 9  # and now it hangs
         await until(lambda: len(other.assignment) == 2)
         assert not hung.assignment
-        assert platform.groups["g"].offsets[mine] == 9
+        assert platform.group("g").offsets[mine] == 9
         with pytest.raises(errors.PollIntervalExceeded, match="max_poll_interval_ms") as caught:
             await anext(hung)
         assert caught.value.details == {"group": "g", "max_poll_interval_ms": "5000"}
-        assert len(platform.groups["g"].members) == 1, "it does not come back by itself"
+        assert len(platform.group("g").members) == 1, "it does not come back by itself"
         reading = asyncio.create_task(anext(hung))
-        await until(lambda: len(platform.groups["g"].members) == 2)
+        await until(lambda: len(platform.group("g").members) == 2)
         assert (await asyncio.wait_for(reading, PATIENCE_S)).partition in (0, 1)
     assert caplog.text.count("has asked for no record for 5000 ms") == 1
 
@@ -711,13 +744,13 @@ async def test_an_application_that_waits_for_records_does_not_hang(platform, add
 
 async def test_an_application_that_waits_for_its_start_does_not_hang(platform, address):
     await fill(platform, address, 1, partitions=1)
-    platform.faults.lookups_down = True
+    platform.faults.fail("lookup_offsets", errors.Unavailable("no leader answers"))
     consumer = Consumer(address, ["t"], group="g", start="latest", max_poll_interval_ms=50)
     starting = asyncio.create_task(consumer.start())
-    await until(lambda: platform.groups["g"].members)
+    await until(lambda: platform.group("g").members)
     await asyncio.sleep(0.5)
-    assert platform.groups["g"].members and not starting.done()
-    platform.faults.lookups_down = False
+    assert platform.group("g").members and not starting.done()
+    platform.faults.mend("lookup_offsets")
     reading = asyncio.create_task(take(consumer, 1))
     await starting
     await fill(platform, address, 1)
@@ -726,21 +759,22 @@ async def test_an_application_that_waits_for_its_start_does_not_hang(platform, a
 
 
 async def test_an_application_that_never_reads_hangs_too(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     with pytest.raises(errors.PollIntervalExceeded):
         async with Consumer(address, ["t"], group="g", max_poll_interval_ms=50):
-            await until(lambda: not platform.groups["g"].members)
+            await until(lambda: not platform.group("g").members)
 
 
 async def test_an_outage_is_told_when_it_begins_and_when_it_is_over(platform, address, caplog):
     await fill(platform, address, 10, partitions=1)
     async with Consumer(address, ["t"], group="g", auto_commit_interval_ms=20) as consumer:
         await take(consumer, 5)
-        platform.faults.heartbeats_down = True
-        platform.faults.refuse_commits = [errors.Unavailable("no PostgreSQL")] * 5
-        beats = platform.calls["heartbeat_group"]
-        await until(lambda: platform.calls["heartbeat_group"] > beats + 5 and not platform.faults.refuse_commits)
-        platform.faults.heartbeats_down = False
+        platform.faults.fail("heartbeat_group", errors.Unavailable("no PostgreSQL"))
+        platform.faults.fail("commit_offsets", errors.Unavailable("no PostgreSQL"), 5)
+        beats = platform.faults.calls["heartbeat_group"]
+        await until(lambda: platform.faults.calls["heartbeat_group"] > beats + 5)
+        await until(lambda: not platform.faults.failing("commit_offsets"))
+        platform.faults.mend("heartbeat_group")
         await until(lambda: "answered again" in caplog.text)
     assert caplog.text.count("heartbeats to group g fail") == 1
     assert caplog.text.count("auto commit failed") == 1
@@ -750,8 +784,8 @@ async def test_a_group_goes_on_where_it_committed(platform, address):
     await fill(platform, address, 200, partitions=1)
     async with Consumer(address, ["t"], group="g") as consumer:
         await take(consumer, 50)
-    assert platform.groups["g"].offsets["t", 0] == 50
-    assert platform.groups["g"].members == {}
+    assert platform.group("g").offsets["t", 0] == 50
+    assert platform.group("g").members == frozenset()
     async with Consumer(address, ["t"], group="g") as consumer:
         assert (await take(consumer, 1))[0].offset == 50
 
@@ -763,25 +797,25 @@ async def test_the_record_that_failed_is_not_committed(platform, address):
             async for record in consumer:
                 if record.offset == 20:
                     raise ValueError("processing failed")
-    assert platform.groups["g"].offsets["t", 0] == 20
+    assert platform.group("g").offsets["t", 0] == 20
 
 
 async def test_auto_commit_leaves_out_what_is_being_processed(platform, address):
     await fill(platform, address, 200, partitions=1)
     async with Consumer(address, ["t"], group="g", auto_commit_interval_ms=20) as consumer:
         await take(consumer, 11)
-        await until(lambda: platform.groups["g"].offsets.get(("t", 0)) == 10)
+        await until(lambda: platform.group("g").offsets.get(("t", 0)) == 10)
         await asyncio.sleep(0.1)  # several more rounds of it
-        assert platform.groups["g"].offsets["t", 0] == 10
+        assert platform.group("g").offsets["t", 0] == 10
         await consumer.commit()
-        assert platform.groups["g"].offsets["t", 0] == 11
+        assert platform.group("g").offsets["t", 0] == 11
         await consumer.commit({("t", 0): 3})
-        assert platform.groups["g"].offsets["t", 0] == 3
+        assert platform.group("g").offsets["t", 0] == 3
 
 
 async def test_what_is_committed_can_be_asked_for(platform, address):
     await fill(platform, address, 90, partitions=3)
-    platform.add_topic("other", 1)
+    await platform.create_topic("other", 1)
     async with Consumer(address, assign=[("t", 0), ("t", 1)], group="g", auto_commit=False) as consumer:
         assert await consumer.committed() == {("t", 0): None, ("t", 1): None}
         await consumer.commit({("t", 0): 7, ("t", 1): OffsetAndMetadata(5, "run 12"), ("t", 2): (3, "")})
@@ -811,11 +845,11 @@ async def test_what_is_committed_can_be_asked_for(platform, address):
     ],
 )
 async def test_a_position_that_cannot_be_committed_is_named(platform, address, given, named):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     async with Consumer(address, ["t"], group="g", auto_commit=False) as consumer:
         with pytest.raises(errors.InvalidArgument, match=named):
             await consumer.commit({("t", 0): 0, ("t", 1): given})
-        assert platform.groups["g"].offsets == {}
+        assert platform.group("g").offsets == {}
 
 
 SHAPE = "offsets must be {(topic, partition): offset}"
@@ -840,19 +874,19 @@ RECORD = Record("t", 0, 7, 1, None, None, ())
     ],
 )
 async def test_offsets_of_another_shape_are_refused_with_the_one_wanted(platform, address, given, text):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     async with Consumer(address, ["t"], group="g", auto_commit=False) as consumer, Admin(address) as admin:
         for refused in (consumer.commit(given), admin.commit_group_offsets("h", given)):
             with pytest.raises(errors.InvalidArgument) as caught:
                 await refused
             assert str(caught.value) == text
-        assert platform.groups["g"].offsets == {}
+        assert platform.group("g").offsets == {}
         await consumer.commit({("t", np.int64(1)): np.int64(3)})
         assert await consumer.committed([("t", 1)]) == {("t", 1): (3, "")}
 
 
 async def test_fractions_of_milliseconds_are_refused_as_no_whole_number(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Consumer(address, ["t"]) as consumer:
         with pytest.raises(errors.InvalidArgument) as caught:
             await consumer.poll(1.0)
@@ -865,7 +899,7 @@ async def test_fractions_of_milliseconds_are_refused_as_no_whole_number(platform
 
 
 async def test_places_that_do_not_exist_are_refused_with_those_that_do(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Consumer(address, ["t"]) as consumer, Admin(address) as admin:
         for refused, text in (
             (
@@ -893,19 +927,20 @@ async def test_a_commit_by_name_is_of_the_topic_that_was_read(platform, address)
     async with Consumer(address, assign=[("t", 0)], group="g", auto_commit=False) as consumer:
         await take(consumer, 1)
         await consumer.commit({("t", 0): 1, ("t", 1): 2})
-        assert [item.topic_id for item in platform.commits[-1].offsets] == [platform.topics["t"].topic_id] * 2
-        platform.add_topic("t", 2)
+        (commit,) = platform.faults.answered["commit_offsets"]
+        assert [item.topic_id for item in commit.offsets] == [platform.topic_id("t")] * 2
+        await platform.recreate_topic("t", 2)
         for where in (("t", 0), ("t", 1)):
             with pytest.raises(errors.UnknownTopic):
                 await consumer.commit({where: 5})
-        assert platform.groups["g"].offsets == {}
+        assert platform.group("g").offsets == {}
 
 
 async def test_without_auto_commit_nothing_is_committed(platform, address):
     await fill(platform, address, 20, partitions=1)
     async with Consumer(address, ["t"], group="g", auto_commit=False) as consumer:
         await take(consumer, 11)
-    assert platform.commits == []
+    assert platform.faults.answered["commit_offsets"] == []
 
 
 async def collect(consumer, seen, stop):
@@ -947,7 +982,7 @@ async def test_two_members_share_and_take_over(platform, address):
 
 
 async def test_a_member_without_partitions_waits_for_its_assignment(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     second = Consumer(address, ["t"], group="g")
     assert second.membership == ("g", "", 0, "out")
     async with Consumer(address, ["t"], group="g") as first:
@@ -957,8 +992,8 @@ async def test_a_member_without_partitions_waits_for_its_assignment(platform, ad
                 await second.wait_for_assignment(20)
             await until(lambda: second.membership.state == first.membership.state == "stable")
             member = second.membership
-            assert platform.groups["g"].generation == member.generation == first.membership.generation
-            assert set(platform.groups["g"].members) == {member.member_id, first.membership.member_id}
+            assert platform.group("g").generation == member.generation == first.membership.generation
+            assert set(platform.group("g").members) == {member.member_id, first.membership.member_id}
             waiting = asyncio.create_task(second.wait_for_assignment(PATIENCE_S * 1000))
             await first.close()
             assert first.membership == ("g", "", 0, "out")
@@ -971,26 +1006,27 @@ async def test_a_member_without_partitions_waits_for_its_assignment(platform, ad
 
 
 async def test_the_membership_tells_of_joining_and_of_partitions_to_come(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Consumer(address, ["t"]) as alone, Consumer(address, assign=[("t", 0)], group="h") as given:
         assert alone.membership is given.membership is None
         assert await alone.wait_for_assignment() == {("t", 0)}
     async with Consumer(address, ["t"], group="g") as consumer:
         assert consumer.membership.state == "stable"
-        platform.faults.lookups_down = True
-        platform.expel("g")
+        platform.faults.fail("lookup_offsets", errors.Unavailable("no leader answers"))
+        await platform.expel("g")
         await until(lambda: consumer.membership.state == "rebalancing")
         assert consumer.assignment == set()
-        platform.faults.join_down = True
-        platform.expel("g")
+        platform.faults.fail("join_group", errors.Unavailable("no PostgreSQL"))
+        await platform.expel("g")
         await until(lambda: consumer.membership == ("g", "", 0, "joining"))
-        platform.faults.join_down = platform.faults.lookups_down = False
+        platform.faults.mend("join_group")
+        platform.faults.mend("lookup_offsets")
         assert await consumer.wait_for_assignment() == {("t", 0)}
         await until(lambda: consumer.membership.state == "stable")
 
 
 async def test_waiting_for_an_assignment_is_no_silence_and_raises_what_fails(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with (
         Consumer(address, ["t"], group="g"),
         Consumer(address, ["t"], group="g", max_poll_interval_ms=100) as second,
@@ -1010,8 +1046,8 @@ async def test_a_forgotten_member_joins_again(platform, address):
     async with Consumer(address, ["t"], group="g", auto_commit_interval_ms=20) as consumer:
         await take(consumer, 100)
         await consumer.commit()
-        platform.expel("g")
-        await until(lambda: platform.calls["join_group"] == 2)
+        await platform.expel("g")
+        await until(lambda: platform.faults.calls["join_group"] == 2)
         await fill(platform, address, 20)
         records = await take(consumer, 20)
     assert len({(record.partition, record.offset) for record in records}) == 20
@@ -1190,7 +1226,7 @@ async def test_a_group_read_to_the_end(platform, address):
     await fill(platform, address, 500)
     async with Consumer(address, ["t"], group="g", stop_at_end=True) as consumer:
         assert len([record async for record in consumer]) == 500
-    assert sum(platform.groups["g"].offsets.values()) == 500
+    assert sum(platform.group("g").offsets.values()) == 500
 
 
 async def test_a_forgotten_member_that_reads_to_the_end_does_not_take_losing_all_for_the_end(platform, address):
@@ -1198,7 +1234,7 @@ async def test_a_forgotten_member_that_reads_to_the_end_does_not_take_losing_all
     async with Consumer(address, ["t"], group="g", stop_at_end=True, fetch_bytes=1) as consumer:
         await take(consumer, 10)
         await consumer.commit()
-        platform.expel("g")
+        await platform.expel("g")
         await until(lambda: not consumer.assignment)
         assert [record.offset async for record in consumer] == list(range(10, 500))
 
@@ -1212,22 +1248,21 @@ async def test_a_member_starts_anew_on_a_topic_created_again_that_the_group_does
     async with Consumer(address, ["t"], group="g", start="earliest", auto_commit=False) as consumer:
         await take(consumer, 50)
         await consumer.commit()
-        assert platform.groups["g"].offsets == {("t", 0): 50}
+        assert platform.group("g").offsets == {("t", 0): 50}
         await fill(platform, address, 20, partitions=1)
         await take(consumer, 10)
-        platform.add_topic("t", 1)
+        await platform.recreate_topic("t", 1)
         if noticed_by == "a commit":
             with pytest.raises(errors.UnknownTopic):
                 await consumer.commit()
         await fill(platform, address, 80, partitions=1)
-        platform.wake()
         records = [record async for record in until_offset(consumer, 79)]
         anew = next(n for n, record in enumerate(records) if record.offset == 0)
         assert [int(record.value) for record in records[anew:]] == list(range(80)), "from the start of the new topic"
         await consumer.commit()
-    assert platform.groups["g"].offsets == {("t", 0): 80}
-    ids = [commit.offsets[0].topic_id for commit in platform.commits]
-    assert len(ids) == 2 and ids[1] == platform.topics["t"].topic_id != ids[0]
+    assert platform.group("g").offsets == {("t", 0): 80}
+    ids = [commit.offsets[0].topic_id for commit in platform.faults.answered["commit_offsets"]]
+    assert len(ids) == 2 and ids[1] == platform.topic_id("t") != ids[0]
 
 
 async def until_offset(consumer, offset):
@@ -1245,9 +1280,9 @@ async def test_a_deleted_topic_does_not_hold_up_other_commits_nor_leaving(platfo
         await fill(platform, address, 20, partitions=1, topic=topic)
     async with Consumer(address, topics, group="g", start="earliest", auto_commit_interval_ms=60_000) as consumer:
         await take(consumer, 20 * len(topics))
-        platform.add_topic("t", 1)
-    assert platform.groups["g"].offsets == {(topic, 0): 20 for topic in others}
-    assert not platform.groups["g"].members, "it has left"
+        await platform.recreate_topic("t", 1)
+    assert platform.group("g").offsets == {(topic, 0): 20 for topic in others}
+    assert not platform.group("g").members, "it has left"
 
 
 async def test_the_last_commit_of_what_is_revoked_passes_no_record_that_was_not_handed_over(platform, address):
@@ -1275,7 +1310,7 @@ async def test_the_last_commit_of_what_is_revoked_passes_no_record_that_was_not_
             assert await consumer._assignments.wait_revoked()
         task.cancel()
     assert offsets == [0, 1, 2]
-    assert platform.groups["g"].offsets["t", 0] == 3
+    assert platform.group("g").offsets["t", 0] == 3
 
 
 class JoinsSlowly(LeavingIsToldFirst):

@@ -23,12 +23,12 @@ def run(server, body, *, code=0):
 
 
 def values_in(server):
-    return [value for log in server.logs.values() for _, value in log.records()]
+    return server.values("t")
 
 
 @pytest.fixture
 def topic(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     return server
 
 
@@ -67,7 +67,7 @@ def test_so_has_one_that_fails(topic):
 
 
 def test_what_cannot_be_written_is_counted_once_for_all_producers(topic):
-    topic.faults.silent = True
+    topic.faults.hang("produce")
     body = """
         producers = [sync.Producer(address, exit_timeout_ms=300) for _ in range(2)]
         for producer in producers:
@@ -81,7 +81,7 @@ def test_what_cannot_be_written_is_counted_once_for_all_producers(topic):
 
 
 def test_so_is_what_did_not_even_find_room(topic):
-    topic.faults.silent = True
+    topic.faults.hang("produce")
     body = """
         producer = sync.Producer(address, batch_bytes=1_000, buffer_bytes_max=1_000, exit_timeout_ms=0)
         for n in range(600):
@@ -91,7 +91,7 @@ def test_so_is_what_did_not_even_find_room(topic):
 
 
 def test_so_is_what_was_refused_and_nobody_has_asked_about(topic):
-    topic.faults.refuse_all = InvalidBatch("no")
+    topic.faults.fail("produce", InvalidBatch("no"))
     body = """
         producer = sync.Producer(address)
         assert producer.send("t", b"v").exception(60) is not None
@@ -139,7 +139,7 @@ def test_a_thread_that_still_sends_is_told(topic):
 
 def test_a_coroutine_that_ends_without_close_says_what_is_lost(topic):
     """Nothing can be flushed: the event loop has ended."""
-    topic.faults.silent = True
+    topic.faults.hang("produce")
     body = """
         async def main():
             producer = streamhouse.Producer(address)
@@ -184,7 +184,7 @@ def test_many_event_loops_one_after_the_other_are_quiet(topic):
 
 def test_a_producer_whose_close_has_failed_is_closed(topic):
     """The end of the process told of its records once more, and as if nobody had closed it."""
-    topic.faults.silent = True
+    topic.faults.hang("produce")
     body = """
         producer = sync.Producer(address)
         producer.send_many("t", [b"v"] * 5)
@@ -200,7 +200,7 @@ def test_a_producer_whose_close_has_failed_is_closed(topic):
 
 def test_a_consumer_whose_close_has_failed_is_closed(topic):
     """It was kept until the end of the process."""
-    topic.faults.refuse_commits.append(InvalidArgument("no"))
+    topic.faults.fail("commit_offsets", InvalidArgument("no"), 1)
     body = """
         from streamhouse.errors import InvalidArgument
         from streamhouse.sync.consumer import _UNCLOSED
@@ -218,7 +218,7 @@ def test_a_consumer_whose_close_has_failed_is_closed(topic):
 
 
 def test_ctrl_c_while_the_end_is_waited_for_still_says_what_is_lost(topic):
-    topic.faults.silent = True
+    topic.faults.hang("produce")
     body = """
         import os, signal
         from streamhouse.background import BACKGROUND

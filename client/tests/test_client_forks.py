@@ -55,7 +55,7 @@ def run(server, body):
 
 @pytest.fixture
 def topic(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     return server
 
 
@@ -143,4 +143,4 @@ def test_synchronous_clients_of_the_parent_are_no_use_to_the_child(topic):
         admin.close()
     """
     run(topic, body)
-    assert [value for _, value in topic.log("t", 0).records()] == [b"v", b"w"]
+    assert [value for _, value in topic.records("t", 0)] == [b"v", b"w"]

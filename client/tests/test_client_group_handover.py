@@ -86,9 +86,9 @@ class Member:
         member = self.consumer._membership
         return {member.member_id, member._joining_id} if member is not None else set()
 
-    def forget(self):
+    async def forget(self):
         """The group expels it; it does not know."""
-        expel(self.platform, self.log, self.consumer.membership.member_id)
+        await expel(self.platform, self.log, self.consumer.membership.member_id)
 
     async def hang(self):
         """It stands still, heartbeats and all, until its session expires."""
@@ -101,17 +101,17 @@ class Member:
         await asyncio.wait_for(self.task, PATIENCE_S)
 
 
-def expel(platform, log, member_id):
-    owned = platform.groups["g"].owned.get(member_id, frozenset())
+async def expel(platform, log, member_id):
+    owned = platform.group("g").owned.get(member_id, frozenset())
     log.unclean |= {int(name.rpartition(":")[2]) for name in owned}
-    platform.expel("g", member_id)
+    await platform.expel("g", member_id)
 
 
-def expire(platform, log, members):
+async def expire(platform, log, members):
     """Ends the sessions of members that hang; perhaps they hung while they joined."""
     alive = set().union(*(member.member_ids for member in members))
-    for member_id in platform.groups["g"].members.keys() - alive:
-        expel(platform, log, member_id)
+    for member_id in platform.group("g").members - alive:
+        await expel(platform, log, member_id)
 
 
 async def produce(platform, count):
@@ -138,7 +138,7 @@ async def settled(members):
 @pytest.mark.parametrize("faults", [False, True], ids=["clean", "hanging and forgotten"])
 async def test_no_record_is_left_out_and_none_is_written_twice_in_a_clean_hand_over(platform, seed, faults):
     rng, log = random.Random(seed), Log()
-    platform.add_topic("t", PARTITIONS)
+    await platform.create_topic("t", PARTITIONS)
     members = [Member(f"member {number}", platform, log) for number in range(3)]
     hung = []
     produced = 0
@@ -156,7 +156,7 @@ async def test_no_record_is_left_out_and_none_is_written_twice_in_a_clean_hand_o
         if member.consumer.membership.state == "out":
             continue  # it has not even started
         if act == "forget":
-            member.forget()
+            await member.forget()
             continue
         members.remove(member)
         if act == "leave":
@@ -164,18 +164,18 @@ async def test_no_record_is_left_out_and_none_is_written_twice_in_a_clean_hand_o
         else:
             await member.hang()
             hung.append(member)
-            expire(platform, log, members)
+            await expire(platform, log, members)
     async with asyncio.timeout(PATIENCE_S):
         while read_by(members) != {("t", number): produced for number in range(PARTITIONS)}:
             if hung:
-                expire(platform, log, members)
+                await expire(platform, log, members)
             await asyncio.sleep(0.01)
     for member in members:
         await member.leave()
     for member in hung:
         await member.consumer._peers.close()
     check(log, produced)
-    assert {where[1]: at for where, at in platform.groups["g"].offsets.items()} == dict.fromkeys(range(6), produced)
+    assert {where[1]: at for where, at in platform.group("g").offsets.items()} == dict.fromkeys(range(6), produced)
 
 
 def check(log, produced):

@@ -61,7 +61,7 @@ def interrupted_everywhere(work, check):
 
 @pytest.fixture
 def producer(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     with Producer(server.address, linger_ms=0) as producer:
         producer.send("t", b"first").result(PATIENCE_S)
         yield producer
@@ -134,7 +134,7 @@ TIGHT_LOOP = """
 
 
 def test_a_tight_loop_of_sends_survives_interrupts(server):
-    server.add_topic("t", 2)
+    server.create_topic("t", 2)
     seed = random.randrange(1 << 30)
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(TIGHT_LOOP), server.address, str(seed), "25"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S * 5)
@@ -142,5 +142,5 @@ def test_a_tight_loop_of_sends_survives_interrupts(server):
     interrupts, sent = map(int, done.stdout.split())
     assert interrupts == 25
     # A record whose `send` was interrupted may be there without a future.
-    stored = sum(len(server.log("t", partition).records()) for partition in range(2))
+    stored = sum(len(server.records("t", partition)) for partition in range(2))
     assert sent < stored <= sent + 1 + interrupts

@@ -9,8 +9,8 @@ import streamhouse.sync
 
 @pytest.mark.parametrize("method", ["result", "exception"])
 async def test_the_timeout_of_an_outcome_is_named(platform, server, method):
-    platform.add_topic("t", 1)
-    server.add_topic("t", 1)
+    await platform.create_topic("t", 1)
+    server.create_topic("t", 1)
     text = (
         f"Kafka's arguments have other names in SendFuture.{method}: timeout is timeout_s (in seconds; of the "
         "asynchronous client, await asyncio.wait_for(future, seconds))"
@@ -33,7 +33,7 @@ async def test_the_timeout_of_an_outcome_is_named(platform, server, method):
 
 
 async def test_methods_of_kafkas_futures_are_named(platform):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with streamhouse.Producer(platform.address) as producer:
         for sent in (await producer.send("t", b"v"), await producer.send_many("t", [b"v"])):
             with pytest.raises(AttributeError) as raised:

@@ -23,7 +23,7 @@ async def test_before_the_first_use_all_is_zero(module):
 
 
 async def test_a_producer_counts_what_it_sends(platform, address):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     async with Producer(address, compression="none", linger_ms=60_000) as producer:
         for partition in range(2):
             await producer.send_many("t", VALUES, partition=partition)
@@ -39,14 +39,14 @@ async def test_a_producer_counts_what_it_sends(platform, address):
 
 
 async def test_a_producer_counts_retries_and_failures(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         await producer.send_and_wait("t", b"v")
-        platform.faults.refuse_batch = errors.Overloaded("later", retry_after_ms=1)
+        platform.faults.fail("produce", errors.Overloaded("later", retry_after_ms=1), 1)
         await producer.send_and_wait("t", b"v")
         counts = producer.metrics()
         assert (counts.batches_sent, counts.batches_retried, counts.records_acked) == (2, 1, 2)
-        platform.faults.refuse_batch = errors.InvalidBatch("no")
+        platform.faults.fail("produce", errors.InvalidBatch("no"), 1)
         result = await producer.send_many("t", [b"v"] * 7)
         with pytest.raises(errors.InvalidBatch):
             await result
@@ -55,7 +55,7 @@ async def test_a_producer_counts_retries_and_failures(platform, address):
 
 
 def test_a_synchronous_producer_counts_what_is_staged_and_refused(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     seen = []
     with streamhouse.sync.Producer(server.address) as producer:
         producer.send_and_wait("t", b"v")
@@ -80,7 +80,7 @@ def test_a_synchronous_producer_counts_what_is_staged_and_refused(server):
 
 
 async def test_a_consumer_counts_what_the_application_gets(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address, batch_bytes=2000) as producer:
         await producer.send_many("t", VALUES, keys=[b"k"] * 300)
     async with Consumer(address, ["t"], group="g", stop_at_end=True, auto_commit_interval_ms=3_600_000) as consumer:
@@ -106,7 +106,7 @@ async def test_a_consumer_counts_what_the_application_gets(platform, address):
 async def test_every_turn_counts_once(platform, address, monkeypatch):
     """With partitions taking turns after every few records; each turn is counted when it ends."""
     monkeypatch.setattr("streamhouse.iteration.TURN_S", 1e-6)
-    platform.add_topic("t", 3)
+    await platform.create_topic("t", 3)
     async with Producer(address, batch_bytes=1000) as producer:
         for partition in range(3):
             await producer.send_many("t", VALUES, partition=partition)
@@ -119,7 +119,7 @@ async def test_every_turn_counts_once(platform, address, monkeypatch):
 
 
 async def test_a_consumer_counts_refused_commits_and_what_was_lost(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         await producer.send_many("t", VALUES)
     async with Consumer(address, ["t"], group="g", auto_commit=False) as consumer:
@@ -134,7 +134,7 @@ async def test_a_consumer_counts_refused_commits_and_what_was_lost(platform, add
 
 
 def test_a_synchronous_consumer_counts_from_any_thread(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     with streamhouse.sync.Producer(server.address) as producer:
         producer.send_many("t", VALUES)
     with streamhouse.sync.Consumer(server.address, ["t"], stop_at_end=True) as consumer:

@@ -28,17 +28,17 @@ class Plain:
 
 @pytest.fixture(params=["async", "sync"])
 def made(request, platform, server):
-    """The fake and the class of producers."""
-    return (platform, Producer) if request.param == "async" else (server, Plain)
+    """The cluster and the class of producers."""
+    return (platform, Producer) if request.param == "async" else (server.awaited, Plain)
 
 
-def values_of(fake, partition):
-    return [value for _, value in fake.log("t", partition).records()]
+async def values_of(cluster, partition):
+    return [value for _, value in await cluster.records("t", partition)]
 
 
 async def test_every_record_goes_where_the_partitioner_says(made):
-    fake, kind = made
-    fake.add_topic("t", 4)
+    cluster, kind = made
+    await cluster.create_topic("t", 4)
     asked, threads = [], set()
 
     def by_number(topic, key, partitions):
@@ -46,7 +46,7 @@ async def test_every_record_goes_where_the_partitioner_says(made):
         threads.add(threading.current_thread())
         return int(key) % 3 + 1
 
-    producer = kind(fake.address, partitioner=by_number, key_serializer=lambda key: b"%d" % key)
+    producer = kind(cluster.address, partitioner=by_number, key_serializer=lambda key: b"%d" % key)
     for n in range(10):
         await producer.send("t", b"%d" % n, key=n)
     await producer.send_many("t", [b"%d" % n for n in range(10, 20)], keys=range(10, 20))
@@ -54,16 +54,16 @@ async def test_every_record_goes_where_the_partitioner_says(made):
     await producer.close()
     for partition in range(4):
         wanted = [b"%d" % n for n in range(20) if n % 3 + 1 == partition] or [b"0"]
-        assert values_of(fake, partition) == wanted
+        assert await values_of(cluster, partition) == wanted
     assert asked == [("t", b"%d" % n, 4) for n in range(20)], "once per record, in order; not if a partition is named"
     assert threads == {threading.current_thread()}
 
 
 async def test_none_leaves_the_choice_to_the_usual_rules(made):
-    fake, kind = made
-    fake.add_topic("t", 5)
-    plain = kind(fake.address)
-    producer = kind(fake.address, partitioner=lambda topic, key, partitions: 0 if key == b"vip" else None)
+    cluster, kind = made
+    await cluster.create_topic("t", 5)
+    plain = kind(cluster.address)
+    producer = kind(cluster.address, partitioner=lambda topic, key, partitions: 0 if key == b"vip" else None)
     keys = [b"vip", b"a", b"b", b"vip", b"c", None, b"d"] * 3
     places = [(await producer.send_and_wait("t", b"v", key=key)).partition for key in keys]
     usual = [(await plain.send_and_wait("t", b"v", key=key)).partition for key in keys]
@@ -86,8 +86,8 @@ async def test_none_leaves_the_choice_to_the_usual_rules(made):
     ],
 )
 async def test_a_partitioner_that_fails_is_an_error_of_the_send_and_keeps_no_room(made, returned, kind_of_error, text):
-    fake, kind = made
-    fake.add_topic("t", 2)
+    cluster, kind = made
+    await cluster.create_topic("t", 2)
 
     def partitioner(topic, key, partitions):
         if key != b"bad":
@@ -96,7 +96,7 @@ async def test_a_partitioner_that_fails_is_an_error_of_the_send_and_keeps_no_roo
             raise returned
         return returned
 
-    producer = kind(fake.address, partitioner=partitioner)
+    producer = kind(cluster.address, partitioner=partitioner)
     for _ in range(2):  # at first contact, and once the topic is known
         with pytest.raises(kind_of_error, match=text):
             await producer.send("t", b"v", key=b"bad")
@@ -106,16 +106,16 @@ async def test_a_partitioner_that_fails_is_an_error_of_the_send_and_keeps_no_roo
     assert inner._pool.used_bytes == 0
     assert (await producer.send_and_wait("t", b"after", key=b"good")).offset == 0
     await producer.close()
-    assert values_of(fake, 0) == [b"after"] and values_of(fake, 1) == []
+    assert await values_of(cluster, 0) == [b"after"] and await values_of(cluster, 1) == []
 
 
 async def test_sends_of_several_tasks_at_first_contact_keep_their_order(platform, address):
     import asyncio
 
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     async with Producer(address, partitioner=lambda topic, key, partitions: 1) as producer:
         await asyncio.gather(*(producer.send("t", b"%d" % n) for n in range(50)))
-    assert values_of(platform, 1) == [b"%d" % n for n in range(50)]
+    assert await values_of(platform, 1) == [b"%d" % n for n in range(50)]
 
 
 @pytest.mark.parametrize("module", [streamhouse, streamhouse.sync], ids=["async", "sync"])

@@ -19,7 +19,7 @@ async def write(address, partition, count):
 
 
 async def test_a_paused_partition_is_silent_and_goes_on_where_it_was(platform, address):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     await write(address, 0, 500)
     await write(address, 1, 500)
     async with Consumer(address, ["t"]) as consumer:
@@ -42,7 +42,7 @@ async def test_a_paused_partition_is_silent_and_goes_on_where_it_was(platform, a
 
 
 async def test_it_is_not_fetched_either(platform, address):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     async with Consumer(address, ["t"]) as consumer:
         consumer.pause([("t", 0)])
         await write(address, 1, 10)
@@ -57,7 +57,7 @@ async def test_it_is_not_fetched_either(platform, address):
 
 async def test_what_was_received_of_paused_partitions_takes_no_room_from_the_others(platform, address):
     """All the prefetch may hold is theirs; a partition that is read must not wait for it."""
-    platform.add_topic("t", 3)
+    await platform.create_topic("t", 3)
     for partition in range(3):
         await write(address, partition, 2000)
     async with Consumer(address, ["t"], prefetch_bytes_max=20_000) as consumer:
@@ -79,7 +79,7 @@ async def test_what_was_received_of_paused_partitions_takes_no_room_from_the_oth
 
 
 async def test_a_seek_moves_a_paused_partition_and_leaves_it_paused(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     await write(address, 0, 100)
     async with Consumer(address, ["t"]) as consumer:
         await take(consumer, 10)
@@ -91,7 +91,7 @@ async def test_a_seek_moves_a_paused_partition_and_leaves_it_paused(platform, ad
 
 
 async def test_only_assigned_partitions_are_paused_and_resumed(platform, address):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     async with Consumer(address, ["t"]) as consumer:
         for call in (consumer.pause, consumer.resume):
             with pytest.raises(errors.InvalidArgument, match="t/2 is not assigned"):
@@ -106,7 +106,7 @@ async def test_only_assigned_partitions_are_paused_and_resumed(platform, address
 
 
 async def test_a_bounded_read_does_not_end_before_what_is_paused(platform, address):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     await write(address, 0, 10)
     await write(address, 1, 10)
     async with Consumer(address, ["t"], stop_at_end=True) as consumer:
@@ -129,21 +129,21 @@ async def test_a_bounded_read_does_not_end_before_what_is_paused(platform, addre
 
 
 async def test_commits_keep_the_position_of_a_paused_partition(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     await write(address, 0, 100)
     async with Consumer(address, ["t"], group="g", auto_commit=False) as consumer:
         await take(consumer, 10)
         consumer.pause([("t", 0)])
         await consumer.commit()
-        assert platform.groups["g"].offsets == {("t", 0): 10}
+        assert platform.group("g").offsets == {("t", 0): 10}
 
 
 async def test_a_partition_that_comes_back_is_not_paused(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     await write(address, 0, 10)
     async with Consumer(address, ["t"], group="g") as consumer:
         consumer.pause([("t", 0)])
-        platform.expel("g")
+        await platform.expel("g")
         assert len(await take(consumer, 10)) == 10
         assert consumer.paused() == set()
 
@@ -198,7 +198,7 @@ async def test_a_record_that_was_given_back_waits_while_its_partition_is_paused(
 
 
 def test_plain_code_pauses_and_resumes(server):
-    server.add_topic("t", 2)
+    server.create_topic("t", 2)
     with SyncProducer(server.address) as producer:
         for partition in range(2):
             producer.send_many("t", [b"v"] * 100, partition=partition)

@@ -29,7 +29,7 @@ async def test_polls_hand_over_every_record_once_by_partition_and_in_order(platf
                 seen[partition] += [record.offset for record in records]
         assert await consumer.poll(10) == {}
     for partition, offsets in seen.items():
-        assert offsets == list(range(platform.log("t", partition).next_offset))
+        assert offsets == list(range(await platform.end("t", partition)))
 
 
 async def test_of_columns_it_takes_as_many_batches_as_fit(platform, address):
@@ -47,7 +47,7 @@ async def test_of_columns_it_takes_as_many_batches_as_fit(platform, address):
 
 
 async def test_a_poll_ends_with_the_first_records_or_its_time(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Consumer(address, ["t"]) as consumer:
         assert await consumer.poll() == {}
         polling = asyncio.create_task(consumer.poll(PATIENCE_MS))
@@ -71,12 +71,12 @@ async def test_what_was_polled_is_done_with_at_the_next_poll(platform, address):
     async with Consumer(address, ["t"], group="g", auto_commit=False) as consumer:
         await consumer.poll(PATIENCE_MS, max_records=10)
         await consumer._commits.commit_existing()  # as an automatic commit
-        assert platform.groups["g"].offsets.get(("t", 0), 0) == 0
+        assert platform.group("g").offsets.get(("t", 0), 0) == 0
         await consumer.poll(PATIENCE_MS, max_records=10)
         await consumer._commits.commit_existing()
-        assert platform.groups["g"].offsets == {("t", 0): 10}
+        assert platform.group("g").offsets == {("t", 0): 10}
         await consumer.commit()
-        assert platform.groups["g"].offsets == {("t", 0): 20}
+        assert platform.group("g").offsets == {("t", 0): 20}
 
 
 async def test_a_failure_behind_records_is_raised_by_the_next_poll(platform, address):
@@ -114,7 +114,7 @@ async def test_arguments_out_of_their_limits_are_named_and_leave_the_record_in_h
             with pytest.raises(errors.InvalidArgument, match=next(iter(wrong))):
                 consumer.poll_batches(**wrong)
         await consumer._commits.commit_existing()
-        assert platform.groups["g"].offsets.get(("t", 0), 0) == 0
+        assert platform.group("g").offsets.get(("t", 0), 0) == 0
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -151,7 +151,7 @@ async def test_however_records_batches_and_polls_mix_each_record_comes_once(seed
 
 
 def test_plain_code_polls(server):
-    server.add_topic("t", 2)
+    server.create_topic("t", 2)
     with SyncProducer(server.address) as producer:
         for partition in range(2):
             producer.send_many("t", [b"v"] * 1000, partition=partition)
@@ -163,7 +163,7 @@ def test_plain_code_polls(server):
         assert consumer.poll(PATIENCE_MS) == {}
         consumer.commit()
     assert seen == {0: list(range(1000)), 1: list(range(1000))}
-    assert server.groups["g"].offsets == {("t", 0): 1000, ("t", 1): 1000}
+    assert server.group("g").offsets == {("t", 0): 1000, ("t", 1): 1000}
     with SyncConsumer(server.address, ["t"], start="latest") as consumer:
         assert consumer.poll() == consumer.poll(20) == {}
         assert consumer.wait_for_assignment(PATIENCE_MS) == {("t", 0), ("t", 1)}
@@ -173,7 +173,7 @@ def test_plain_code_polls(server):
 
 
 def test_threads_that_poll_share_a_consumer(server):
-    server.add_topic("t", 2)
+    server.create_topic("t", 2)
     with SyncProducer(server.address) as producer:
         for partition in range(2):
             producer.send_many("t", [b"v"] * 5000, partition=partition)

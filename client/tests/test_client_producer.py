@@ -1,4 +1,4 @@
-"""The producer against a real gRPC server with an in-memory log."""
+"""The producer against a platform in memory, on a real gRPC server."""
 
 import asyncio
 import gc
@@ -22,8 +22,18 @@ from streamhouse.sender import Sender
 PATIENCE_S = 60
 
 
-def values_in(platform, topic="t"):
-    return [value for (name, _), log in platform.logs.items() if name == topic for _, value in log.records()]
+async def values_in(platform):
+    return await platform.values("t")
+
+
+def failing(error, times=1):
+    """A platform that refuses batches."""
+    return lambda platform: platform.faults.fail("produce", error, times)
+
+
+def cut(after=0, *, request_arrives=True):
+    """A platform that cuts a stream instead of answering a batch."""
+    return lambda platform: platform.faults.cut("produce", after, request_arrives=request_arrives)
 
 
 async def until(condition):
@@ -51,42 +61,42 @@ def let_delivery_timeout_pass(producer):
 
 
 async def test_send_resolves_with_the_right_offset(platform, address):
-    platform.add_topic("t", 4)
+    await platform.create_topic("t", 4)
     async with Producer(address) as producer:
         futures = [await producer.send("t", b"v%d" % n, key=b"k%d" % (n % 7), timestamp_ms=n) for n in range(500)]
         metadata = [await future for future in futures]
     for n, sent in enumerate(metadata):
         assert sent.partition == partition_of(b"k%d" % (n % 7), 4)
         assert sent.timestamp_ms == n
-        assert dict(platform.log("t", sent.partition).records())[sent.offset] == b"v%d" % n
+        assert dict(await platform.records("t", sent.partition))[sent.offset] == b"v%d" % n
 
 
 async def test_send_and_wait_returns_the_place_of_the_record(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         assert await producer.send_and_wait("t", b"0", timestamp_ms=5) == ("t", 0, 0, 5)
         assert (await producer.send_and_wait("t", b"1", key=b"k", headers={"h": b""}, partition=0)).offset == 1
-        platform.faults.refuse_batch = errors.InvalidBatch("no")
+        platform.faults.fail("produce", errors.InvalidBatch("no"), 1)
         with pytest.raises(errors.InvalidBatch):
             await producer.send_and_wait("t", b"v")
 
 
 async def test_order_within_a_partition_is_the_order_of_sending(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address, batch_bytes=400, linger_ms=1) as producer:
         for n in range(1000):
             await producer.send("t", b"%d" % n)
-    assert values_in(platform) == [b"%d" % n for n in range(1000)]
-    assert platform.calls["produce"] > 50
+    assert await values_in(platform) == [b"%d" % n for n in range(1000)]
+    assert platform.faults.calls["produce"] > 50
 
 
 async def test_send_many_gives_partitions_and_offsets_in_the_order_given(platform, address):
-    platform.add_topic("t", 5)
+    await platform.create_topic("t", 5)
     values = [b"value-%d" % n for n in range(20_000)]
     keys = [None if n % 11 == 0 else b"key-%d" % (n % 101) for n in range(20_000)]
     async with Producer(address, batch_bytes=8192) as producer:
         sent = await (await producer.send_many("t", values, keys=keys, timestamps_ms=list(range(20_000))))
-    stored = {(p, offset): value for (_, p), log in platform.logs.items() for offset, value in log.records()}
+    stored = {(p, offset): value for p in range(5) for offset, value in await platform.records("t", p)}
     assert [stored[p, o] for p, o in zip(sent.partitions.tolist(), sent.offsets.tolist(), strict=True)] == values
     for n in range(20_000):
         if keys[n] is not None:
@@ -96,16 +106,16 @@ async def test_send_many_gives_partitions_and_offsets_in_the_order_given(platfor
 
 
 async def test_send_and_send_many_keep_their_order(platform, address):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     async with Producer(address, batch_bytes=2000) as producer:
         for n in range(0, 100, 10):
             await producer.send("t", b"%d" % n, partition=1)
             await producer.send_many("t", [b"%d" % m for m in range(n + 1, n + 10)], partition=1)
-    assert values_in(platform) == [b"%d" % n for n in range(100)]
+    assert await values_in(platform) == [b"%d" % n for n in range(100)]
 
 
 async def test_large_keys_are_not_kept(platform, address):
-    platform.add_topic("t", 4)
+    await platform.create_topic("t", 4)
     _partition_of_cached.cache_clear()
     async with Producer(address) as producer:
         for size in (10, 100_000):
@@ -116,11 +126,11 @@ async def test_large_keys_are_not_kept(platform, address):
 
 
 async def test_records_without_keys_stay_with_their_batch(platform, address):
-    platform.add_topic("t", 8)
+    await platform.create_topic("t", 8)
     async with Producer(address, linger_ms=50) as producer:
         for n in range(100):
             await producer.send("t", b"%d" % n)
-    assert platform.calls["produce"] == 1
+    assert platform.faults.calls["produce"] == 1
 
 
 @pytest.mark.parametrize(("sticky_ms", "is_one"), [(60_000, True), (0, False)])
@@ -128,7 +138,7 @@ async def test_small_batches_without_keys_follow_each_other_to_a_partition(
     platform, address, monkeypatch, sticky_ms, is_one
 ):
     monkeypatch.setattr(partitioner, "STICKY_MS", sticky_ms)
-    platform.add_topic("t", 8)
+    await platform.create_topic("t", 8)
     async with Producer(address, linger_ms=0) as producer:
         sent = [await producer.send_and_wait("t", b"v") for _ in range(20)]
     assert (len({metadata.partition for metadata in sent}) == 1) is is_one
@@ -137,142 +147,140 @@ async def test_small_batches_without_keys_follow_each_other_to_a_partition(
 @pytest.mark.parametrize(("acks", "unanswered"), [("wal", SMALL_IN_FLIGHT_MAX), ("durable", 5)])
 async def test_records_gather_while_small_batches_are_unanswered(platform, address, monkeypatch, acks, unanswered):
     monkeypatch.setattr(partition_queue, "GROW_MS_MAX", 60_000)  # the machine may be busy
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address, linger_ms=0, acks=acks) as producer:
         await producer.send_and_wait("t", b"first")
-        platform.faults.hold = asyncio.Event()
+        held = platform.faults.hold("produce")
         for _ in range(20):
             await producer.send("t", b"v")
             for _ in range(5):
                 await asyncio.sleep(0)  # the linger timer's turn
         assert producer.metrics().batches_sent == 1 + unanswered
-        platform.faults.hold.set()
-    assert platform.calls["produce"] == 1 + unanswered + 1
-    assert [len(decode_batch(r.batch).values) for r in platform.produced] == [1] * (1 + unanswered) + [20 - unanswered]
+        held.set()
+    assert platform.faults.calls["produce"] == 1 + unanswered + 1
+    assert [len(decode_batch(r.batch).values) for r in platform.faults.requests["produce"]] == [1] * (
+        1 + unanswered
+    ) + [20 - unanswered]
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        {"not_leader": 1},
-        {"not_leader": 3},
-        {"overloaded": 2},
-        {"cut_after": 3, "cut_writes": True},
-        {"cut_after": 3, "cut_writes": False},
-        {"cut_after": 0, "cut_writes": True},
-        {"refuse_batch": errors.DurableTimeout("slow")},
-        {"refuse_batch": errors.ShuttingDown("bye")},
+        failing(errors.NotLeader("not me")),
+        failing(errors.NotLeader("not me"), 3),
+        failing(errors.Overloaded("full", retry_after_ms=20), 2),
+        cut(3),
+        cut(3, request_arrives=False),
+        cut(),
+        failing(errors.DurableTimeout("slow")),
+        failing(errors.ShuttingDown("bye")),
     ],
 )
 async def test_faults_neither_lose_nor_double_nor_reorder(platform, address, fault):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     async with Producer(address, batch_bytes=500, linger_ms=0) as producer:
         first = await producer.send("t", b"first", partition=0)
         await first
-        for name, value in fault.items():
-            setattr(platform.faults, name, value)
+        fault(platform)
         futures = [await producer.send("t", b"%d" % n, partition=n % 2) for n in range(400)]
         metadata = await asyncio.gather(*futures)
-    assert [value for _, value in platform.log("t", 0).records()] == [b"first", *(b"%d" % n for n in range(0, 400, 2))]
-    assert [value for _, value in platform.log("t", 1).records()] == [b"%d" % n for n in range(1, 400, 2)]
+    assert [value for _, value in await platform.records("t", 0)] == [b"first", *(b"%d" % n for n in range(0, 400, 2))]
+    assert [value for _, value in await platform.records("t", 1)] == [b"%d" % n for n in range(1, 400, 2)]
     for n, sent in enumerate(metadata):
-        assert dict(platform.log("t", sent.partition).records())[sent.offset] == b"%d" % n
+        assert dict(await platform.records("t", sent.partition))[sent.offset] == b"%d" % n
 
 
 async def test_a_cut_after_the_write_is_deduplicated(platform, address):
-    platform.add_topic("t", 1)
-    platform.faults.cut_after = 0
+    await platform.create_topic("t", 1)
+    platform.faults.cut("produce")
     async with Producer(address) as producer:
         sent = await (await producer.send("t", b"once"))
     assert sent.offset == 0
-    assert values_in(platform) == [b"once"]
-    assert platform.calls["duplicates"] == 1
+    assert await values_in(platform) == [b"once"]
+    assert platform.faults.calls["duplicates"] == 1
 
 
 async def test_first_batches_refused_before_the_leader_knows_the_producer(platform, address):
     """A leader accepts any first sequence: nothing may be pipelined behind a batch that opens the history."""
-    platform.add_topic("t", 1)
-    platform.faults.overloaded = 1
+    await platform.create_topic("t", 1)
+    platform.faults.fail("produce", errors.Overloaded("full", retry_after_ms=20), 1)
     async with Producer(address, batch_bytes=100, linger_ms=0) as producer:
         for n in range(50):
             await producer.send("t", b"%d" % n)
-    assert values_in(platform) == [b"%d" % n for n in range(50)]
+    assert await values_in(platform) == [b"%d" % n for n in range(50)]
 
 
 async def test_a_refused_batch_fails_alone(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address, batch_bytes=200, linger_ms=0) as producer:
         await (await producer.send("t", b"0"))
-        platform.faults.refuse_batch = errors.InvalidBatch("no")
+        platform.faults.fail("produce", errors.InvalidBatch("no"), 1)
         futures = [await producer.send("t", b"%d" % n) for n in range(1, 40)]
         outcomes = await asyncio.gather(*futures, return_exceptions=True)
     failed = [n for n, outcome in enumerate(outcomes, 1) if isinstance(outcome, errors.InvalidBatch)]
     assert failed and failed == list(range(1, 1 + len(failed)))
-    assert values_in(platform) == [b"0", *(b"%d" % n for n in range(1, 40) if n not in failed)]
+    assert await values_in(platform) == [b"0", *(b"%d" % n for n in range(1, 40) if n not in failed)]
 
 
 async def test_a_gap_after_a_lost_history_starts_over_under_a_new_id(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         await (await producer.send("t", b"0"))
         await (await producer.send("t", b"1"))
-        known = platform.log("t", 0).producers
-        known[next(iter(known))].pop()
+        platform.faults.fail("produce", errors.SequenceGap("gap", expected=1, got=2), 1)
         assert (await (await producer.send("t", b"2"))).offset == 2
-    assert platform.calls["init_producer"] == 2
-    assert values_in(platform) == [b"0", b"1", b"2"]
+    assert platform.faults.calls["init_producer"] == 2
+    assert await values_in(platform) == [b"0", b"1", b"2"]
 
 
 async def test_a_gap_after_an_unknown_outcome_fails_clearly(platform, address):
     """The earlier leader may have the batch: sending it under a new number could write it twice."""
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         await (await producer.send("t", b"0"))
         await (await producer.send("t", b"1"))
-        known = platform.log("t", 0).producers
-        known[next(iter(known))].pop()
-        platform.faults.cut_after = 0
-        platform.faults.cut_writes = False
+        platform.faults.fail("produce", errors.SequenceGap("gap", expected=1, got=2), 1)
+        platform.faults.cut("produce", request_arrives=False)
         future = await producer.send("t", b"2")
         with pytest.raises(errors.OutcomeUnknown, match=r"t/0: 1 records may or may not have been written") as caught:
             await future
         await (await producer.send("t", b"3"))
     assert caught.value.details == {"topic": "t", "partition": "0", "record_count": "1", "refusal": "SEQUENCE_GAP"}
     assert not caught.value.retriable
-    assert values_in(platform) == [b"0", b"1", b"3"]
+    assert await values_in(platform) == [b"0", b"1", b"3"]
 
 
 async def test_delivery_timeout_fails_with_the_last_error(platform, address):
-    platform.add_topic("t", 1)
-    platform.faults.not_leader = 1_000_000
+    await platform.create_topic("t", 1)
+    platform.faults.fail("produce", errors.NotLeader("not me"), 1_000_000)
     async with Producer(address, delivery_timeout_ms=300_000) as producer:
         future = await producer.send("t", b"v")
-        await until(lambda: platform.calls["produce"] > 1)
+        await until(lambda: platform.faults.calls["produce"] > 1)
         let_delivery_timeout_pass(producer)
         with pytest.raises(errors.NotLeader, match="delivery_timeout_ms = 300000"):
             await future
 
 
 async def test_delivery_timeout_while_nobody_leads(platform, address):
-    platform.add_topic("t", 1)
-    platform.faults.no_leader = True
+    await platform.create_topic("t", 1)
+    platform.advertise(leader="")
     async with Producer(address) as producer:
         future = await producer.send("t", b"v")
-        asked = platform.calls["get_metadata"]
-        await until(lambda: platform.calls["get_metadata"] > asked)
+        asked = platform.faults.calls["get_metadata"]
+        await until(lambda: platform.faults.calls["get_metadata"] > asked)
         let_delivery_timeout_pass(producer)
         with pytest.raises(errors.NotLeader):
             await future
-        platform.faults.no_leader = False
+        platform.faults.mend("get_metadata")
         assert (await (await producer.send("t", b"w"))).offset == 0
 
 
 async def test_delivery_timeout_while_the_leader_hangs(platform, address):
-    platform.add_topic("t", 1)
-    platform.faults.silent = True
+    await platform.create_topic("t", 1)
+    platform.faults.hang("produce")
     async with Producer(address) as producer:
         future = await producer.send("t", b"v")
-        await until(lambda: platform.calls["produce"] == 1)
+        await until(lambda: platform.faults.calls["produce"] == 1)
         let_delivery_timeout_pass(producer)
         with pytest.raises(errors.Unavailable, match="delivery_timeout_ms"):
             await future
@@ -282,7 +290,7 @@ async def test_who_leads_is_asked_again_while_a_connection_to_a_leader_that_hang
     platform, address
 ):
     """A process that was stopped accepts connections and says nothing."""
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     gave_up, connections = asyncio.Event(), []
 
     async def say_nothing(reader, writer):
@@ -293,42 +301,42 @@ async def test_who_leads_is_asked_again_while_a_connection_to_a_leader_that_hang
         writer.close()
 
     async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as mute, Producer(address) as producer:
-        platform.faults.leader = f"127.0.0.1:{mute.sockets[0].getsockname()[1]}"
+        platform.advertise(leader=f"127.0.0.1:{mute.sockets[0].getsockname()[1]}")
         future = await producer.send("t", b"v")
-        while platform.calls["get_metadata"] < 2:
+        while platform.faults.calls["get_metadata"] < 2:
             await asyncio.sleep(0.01)
         assert not gave_up.is_set()
-        platform.faults.leader = ""
+        platform.faults.mend("get_metadata")
         assert (await future).offset == 0
     for connection in connections:
         connection.close()  # gRPC itself would take five seconds to
     await gave_up.wait()
 
 
-@pytest.mark.parametrize("fault", [{}, {"not_leader": 1}, {"refuse_batch": errors.InvalidBatch("no")}])
+@pytest.mark.parametrize("fault", [None, failing(errors.NotLeader("not me")), failing(errors.InvalidBatch("no"))])
 async def test_an_answer_after_the_delivery_timeout_changes_nothing(platform, address, fault):
-    platform.add_topic("t", 1)
-    for name, value in fault.items():
-        setattr(platform.faults, name, value)
-    platform.faults.hold = asyncio.Event()
+    await platform.create_topic("t", 1)
+    if fault is not None:
+        fault(platform)
+    held = platform.faults.hold("produce")
     async with Producer(address) as producer:
         future = await producer.send("t", b"late")
-        await until(lambda: platform.calls["produce"] == 1)
+        await until(lambda: platform.faults.calls["produce"] == 1)
         let_delivery_timeout_pass(producer)
         with pytest.raises(errors.Unavailable, match="delivery_timeout_ms"):
             await future
         assert producer._pool.used_bytes == 0
-        platform.faults.hold.set()
+        held.set()
         await (await producer.send("t", b"next"))  # behind the answer to the first
         assert isinstance(future.exception(), errors.Unavailable)
         assert producer._pool.used_bytes == 0
-    assert values_in(platform) == ([b"next"] if fault else [b"late", b"next"])
+    assert await values_in(platform) == ([b"next"] if fault else [b"late", b"next"])
 
 
 async def test_flush_raises_a_failure_nobody_saw(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     producer = Producer(address)
-    platform.faults.refuse_batch = errors.InvalidBatch("no")
+    platform.faults.fail("produce", errors.InvalidBatch("no"), 1)
     await producer.send_many("t", [b"v"])
     with pytest.raises(errors.InvalidBatch):
         await producer.flush()
@@ -336,11 +344,11 @@ async def test_flush_raises_a_failure_nobody_saw(platform, address):
 
 
 async def test_flush_raises_a_failure_that_came_behind_one_that_was_seen(platform, address):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     async with Producer(address) as producer:
         futures = []
         for partition in range(2):
-            platform.faults.refuse_batch = errors.InvalidBatch(f"no {partition}")
+            platform.faults.fail("produce", errors.InvalidBatch(f"no {partition}"), 1)
             futures.append(await producer.send("t", b"v", partition=partition))
             await until(futures[-1].done)
         with pytest.raises(errors.InvalidBatch, match="no 0"):
@@ -351,8 +359,8 @@ async def test_flush_raises_a_failure_that_came_behind_one_that_was_seen(platfor
 
 
 async def test_flush_waits_for_acknowledgement(platform, address):
-    platform.add_topic("t", 1)
-    platform.faults.answer_delay_ms = 50
+    await platform.create_topic("t", 1)
+    platform.faults.delay("produce", 50)
     async with Producer(address, linger_ms=10_000) as producer:
         future = await producer.send("t", b"v")
         assert not future.done()
@@ -361,22 +369,22 @@ async def test_flush_waits_for_acknowledgement(platform, address):
 
 
 async def test_flush_gives_up_after_its_timeout_and_sending_goes_on(platform, address):
-    platform.add_topic("t", 1)
-    platform.faults.hold = asyncio.Event()
+    await platform.create_topic("t", 1)
+    held = platform.faults.hold("produce")
     async with Producer(address) as producer:
         futures = [await producer.send("t", b"%d" % n) for n in range(3)]
         with pytest.raises(TimeoutError, match=r"3 records are not acknowledged within timeout_s = 0\.01"):
             await producer.flush(0.01)
         with pytest.raises(TimeoutError, match=r"within timeout_s = 0$"):
             await producer.flush(0)
-        platform.faults.hold.set()
+        held.set()
         await producer.flush(PATIENCE_S)
         assert [future.result().offset for future in futures] == [0, 1, 2]
 
 
 async def test_close_gives_up_after_its_timeout(platform, address):
-    platform.add_topic("t", 1)
-    platform.faults.overloaded = 1_000_000
+    await platform.create_topic("t", 1)
+    platform.faults.fail("produce", errors.Overloaded("full", retry_after_ms=20), 1_000_000)
     producer = Producer(address)
     future = await producer.send("t", b"v")
     await until(lambda: has_failed(producer))
@@ -401,8 +409,8 @@ async def test_a_timeout_that_is_none_is_named(platform, address, timeout_s):
 
 
 async def test_a_close_without_a_flush_says_how_many_records_are_dropped(platform, address, caplog):
-    platform.add_topic("t", 1)
-    platform.faults.silent = True
+    await platform.create_topic("t", 1)
+    platform.faults.hang("produce")
     producer = Producer(address)
     for _ in range(1_200):
         await producer.send("t", b"v")
@@ -416,8 +424,8 @@ async def test_a_close_without_a_flush_says_how_many_records_are_dropped(platfor
 
 
 async def test_the_futures_of_send_are_asyncio_futures(platform, address):
-    platform.add_topic("t", 1)
-    platform.faults.hold = asyncio.Event()
+    await platform.create_topic("t", 1)
+    held = platform.faults.hold("produce")
     async with Producer(address) as producer:
         sent = [await producer.send("t", b"%d" % n) for n in range(3)]
         many = await producer.send_many("t", [b"3", b"4"])
@@ -431,7 +439,7 @@ async def test_the_futures_of_send_are_asyncio_futures(platform, address):
         assert done == {nothing} and pending == {*sent, many}
         with pytest.raises(asyncio.InvalidStateError):
             sent[0].result()
-        platform.faults.hold.set()
+        held.set()
         async with asyncio.timeout(PATIENCE_S):
             done, pending = await asyncio.wait([*sent, many, nothing], return_when=asyncio.ALL_COMPLETED)
             assert done == {*sent, many, nothing} and not pending
@@ -443,8 +451,8 @@ async def test_the_futures_of_send_are_asyncio_futures(platform, address):
 
 
 async def test_a_wait_for_a_future_can_be_given_up(platform, address):
-    platform.add_topic("t", 1)
-    platform.faults.hold = asyncio.Event()
+    await platform.create_topic("t", 1)
+    held = platform.faults.hold("produce")
     async with Producer(address) as producer:
         given_up, cancelled, shielded = [await producer.send("t", b"v") for _ in range(3)]
         with pytest.raises(TimeoutError):
@@ -458,19 +466,19 @@ async def test_a_wait_for_a_future_can_be_given_up(platform, address):
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        platform.faults.hold.set()
+        held.set()
         assert (await shielded).offset == 2
         assert not shielded.cancel() and not shielded.cancelled()
-    assert len(values_in(platform)) == 3, "cancelling recalls nothing"
+    assert len(await values_in(platform)) == 3, "cancelling recalls nothing"
 
 
 async def test_a_failure_that_only_a_callback_saw_is_raised_by_flush(platform, address):
     """And asyncio logs nothing about it."""
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     problems = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context["message"]))
     producer = Producer(address)
-    platform.faults.refuse_batch = errors.InvalidBatch("no")
+    platform.faults.fail("produce", errors.InvalidBatch("no"), 1)
     called = asyncio.Event()
     (await producer.send("t", b"v")).add_done_callback(lambda future: called.set())
     async with asyncio.timeout(PATIENCE_S):
@@ -482,12 +490,12 @@ async def test_a_failure_that_only_a_callback_saw_is_raised_by_flush(platform, a
 
 
 async def test_a_failure_is_seen_through_gather(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
-        platform.faults.refuse_batch = errors.InvalidBatch("no")
+        platform.faults.fail("produce", errors.InvalidBatch("no"), 1)
         outcomes = await asyncio.gather(*[await producer.send("t", b"v") for _ in range(2)], return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [errors.InvalidBatch] * 2
-        platform.faults.refuse_batch = errors.InvalidBatch("no")
+        platform.faults.fail("produce", errors.InvalidBatch("no"), 1)
         with pytest.raises(errors.InvalidBatch):
             await asyncio.wait_for(await producer.send_many("t", [b"v"]), PATIENCE_S)
 
@@ -510,25 +518,25 @@ async def calls_until(producer, opened):
 
 
 async def test_sends_at_first_contact_keep_the_order_of_their_calls(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         expected = await calls_until(producer, lambda: producer.knows("t", None))
-    assert values_in(platform) == expected
+    assert await values_in(platform) == expected
 
 
 async def test_sends_keep_the_order_of_their_calls_when_first_contact_fails_at_first(platform, address):
     """Each call tries again by itself, the later ones sooner: their waits have not grown yet."""
-    platform.add_topic("t", 1)
-    platform.faults.metadata_down = True
+    await platform.create_topic("t", 1)
+    platform.faults.fail("get_metadata", errors.Unavailable("no PostgreSQL"))
     async with Producer(address) as producer:
         early = []
         for n in range(20):
             early.append(asyncio.create_task(producer.send("t", b"early %d" % n)))
             await asyncio.sleep(0.01)
-        platform.faults.metadata_down = False
+        platform.faults.mend("get_metadata")
         expected = await calls_until(producer, lambda: producer.knows("t", None))
         await asyncio.gather(*early)
-    assert values_in(platform) == [b"early %d" % n for n in range(20)] + expected
+    assert await values_in(platform) == [b"early %d" % n for n in range(20)] + expected
 
 
 async def test_sends_after_a_failed_first_contact_keep_the_order_of_their_calls(platform, address):
@@ -536,14 +544,14 @@ async def test_sends_after_a_failed_first_contact_keep_the_order_of_their_calls(
         refused = [asyncio.create_task(producer.send("t", b"no topic")) for _ in range(3)]
         outcomes = await asyncio.gather(*refused, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [errors.UnknownTopic] * 3
-        platform.add_topic("t", 1)
+        await platform.create_topic("t", 1)
         expected = await calls_until(producer, lambda: producer.knows("t", None))
-    assert values_in(platform) == expected
+    assert await values_in(platform) == expected
 
 
 @pytest.mark.parametrize("known", [False, True])
 async def test_send_and_send_many_in_several_tasks_keep_the_order_of_their_calls(platform, address, known):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address, buffer_bytes_max=1_000, batch_bytes=500) as producer:
         if known:
             await producer.open_topic("t")
@@ -553,11 +561,11 @@ async def test_send_and_send_many_in_several_tasks_keep_the_order_of_their_calls
             calls.append(asyncio.create_task(producer.send("t", b"%d" % (n + 199))))
         async with asyncio.timeout(PATIENCE_S):
             await asyncio.gather(*calls)
-    assert values_in(platform) == [b"%d" % n for n in range(600)]
+    assert await values_in(platform) == [b"%d" % n for n in range(600)]
 
 
 async def test_no_send_comes_before_those_that_get_room_at_this_moment(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address, batch_bytes=1_000, buffer_bytes_max=1_000) as producer:
         first = await producer.send("t", b"1" * 600)
 
@@ -570,30 +578,30 @@ async def test_no_send_comes_before_those_that_get_room_at_this_moment(platform,
         second = asyncio.create_task(producer.send("t", b"2" * 600))
         async with asyncio.timeout(PATIENCE_S):
             await asyncio.gather(second, third)
-    assert values_in(platform) == [b"1" * 600, b"2" * 600, b"3"]
+    assert await values_in(platform) == [b"1" * 600, b"2" * 600, b"3"]
 
 
 async def test_a_send_that_was_cancelled_or_refused_holds_up_no_other(platform, address):
-    platform.add_topic("t", 1)
-    platform.faults.metadata_down = True
+    await platform.create_topic("t", 1)
+    platform.faults.fail("get_metadata", errors.Unavailable("no PostgreSQL"))
     async with Producer(address) as producer:
         sends = [asyncio.create_task(producer.send("t", b"%d" % n, partition=int(n == 5))) for n in range(10)]
         await asyncio.sleep(0)
         for n in (0, 3, 9):
             sends[n].cancel()
-        platform.faults.metadata_down = False
+        platform.faults.mend("get_metadata")
         async with asyncio.timeout(PATIENCE_S):
             outcomes = await asyncio.gather(*sends, return_exceptions=True)
         assert isinstance(outcomes[5], errors.UnknownPartition)
         assert not producer._order.queues
-    assert values_in(platform) == [b"%d" % n for n in (1, 2, 4, 6, 7, 8)]
+    assert await values_in(platform) == [b"%d" % n for n in (1, 2, 4, 6, 7, 8)]
 
 
 async def test_a_topic_that_cannot_be_opened_holds_up_no_other_topic(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         await producer.open_topic("t")
-        platform.faults.metadata_down = True
+        platform.faults.fail("get_metadata", errors.Unavailable("no PostgreSQL"))
         other = asyncio.create_task(producer.send("other", b"v"))
         await asyncio.sleep(0)
         async with asyncio.timeout(PATIENCE_S):
@@ -607,21 +615,21 @@ async def test_a_topic_that_cannot_be_opened_holds_up_no_other_topic(platform, a
 
 
 async def test_send_waits_for_room(platform, address):
-    platform.add_topic("t", 1)
-    platform.faults.answer_delay_ms = 5
+    await platform.create_topic("t", 1)
+    platform.faults.delay("produce", 5)
     async with Producer(address, batch_bytes=1000, buffer_bytes_max=4000) as producer:
         for n in range(200):
             await producer.send("t", b"%03d" % n)
             assert producer._pool.used_bytes <= 4000
         await producer.send_many("t", [b"%03d" % n for n in range(200, 600)])
         assert producer._pool.used_bytes <= 4000
-    assert values_in(platform) == [b"%03d" % n for n in range(600)]
+    assert await values_in(platform) == [b"%03d" % n for n in range(600)]
     assert producer._pool.used_bytes == 0
 
 
 async def test_no_room_within_the_delivery_timeout(platform, address):
-    platform.add_topic("t", 1)
-    platform.faults.silent = True
+    await platform.create_topic("t", 1)
+    platform.faults.hang("produce")
     producer = Producer(address, batch_bytes=100, buffer_bytes_max=100, delivery_timeout_ms=200)
     await producer.open_topic("t")
     # The first has the room until it is given up, and one of those that wait from then on: too late for the other.
@@ -635,7 +643,7 @@ async def test_no_room_within_the_delivery_timeout(platform, address):
 
 
 async def test_calls_that_wait_for_each_other_give_up_together(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     producer = Producer(address, batch_bytes=100, buffer_bytes_max=100, delivery_timeout_ms=200)
     await producer.open_topic("t")
     assert producer._pool.try_take(100)  # for good
@@ -649,8 +657,8 @@ async def test_calls_that_wait_for_each_other_give_up_together(platform, address
 
 
 async def test_who_gives_up_waiting_for_room_lets_the_next_one_have_it(platform, address):
-    platform.add_topic("t", 1)
-    platform.faults.silent = True
+    await platform.create_topic("t", 1)
+    platform.faults.hang("produce")
     producer = Producer(address, batch_bytes=1_000, buffer_bytes_max=1_000)
     await producer.send("t", b"x" * 600)
     large, small = [asyncio.create_task(producer.send("t", b"x" * size)) for size in (600, 60)]
@@ -664,7 +672,7 @@ async def test_who_gives_up_waiting_for_room_lets_the_next_one_have_it(platform,
 
 
 async def test_bad_arguments(platform, address):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     async with Producer(address) as producer:
         with pytest.raises(errors.UnknownTopic):
             await producer.send("nope", b"v")
@@ -686,7 +694,7 @@ async def test_bad_arguments(platform, address):
             await producer.send_many("t", [b"v"], timestamps_ms=[1 << 63])
         with pytest.raises(errors.InvalidArgument, match="topic is None, must be 1 to 249 characters"):
             await producer.send(None, b"v")
-    assert values_in(platform) == []
+    assert await values_in(platform) == []
     with pytest.raises(errors.InvalidArgument, match="linger_ms"):
         Producer(address, linger_ms=-1)
     with pytest.raises(errors.InvalidArgument, match="bootstrap"):
@@ -694,7 +702,7 @@ async def test_bad_arguments(platform, address):
 
 
 async def test_a_refused_record_takes_no_room(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address, batch_bytes=100, buffer_bytes_max=100, delivery_timeout_ms=1_000) as producer:
         for _ in range(3):
             with pytest.raises(errors.UnknownPartition):
@@ -704,7 +712,7 @@ async def test_a_refused_record_takes_no_room(platform, address):
 
 @pytest.mark.parametrize("many", [False, True])
 async def test_nothing_is_taken_after_closing(platform, address, many):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     producer = Producer(address)
     await (await producer.send("t", b"before"))
     await producer.close()
@@ -713,8 +721,8 @@ async def test_nothing_is_taken_after_closing(platform, address, many):
 
 
 async def test_who_waits_for_room_while_the_producer_is_closed_is_told(platform, address):
-    platform.add_topic("t", 1)
-    platform.faults.silent = True
+    await platform.create_topic("t", 1)
+    platform.faults.hang("produce")
     producer = Producer(address, batch_bytes=100, buffer_bytes_max=100)
     first = await producer.send("t", b"x" * 60)
     waiting = [
@@ -732,19 +740,19 @@ async def test_who_waits_for_room_while_the_producer_is_closed_is_told(platform,
 
 
 async def test_a_list_of_headers_may_be_used_again(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     headers = [("n", b"0")]
     async with Producer(address, linger_ms=1_000) as producer:
         for n in range(3):
             headers[0] = ("n", b"%d" % n)
             await producer.send("t", b"v", headers=headers)
             await producer.send_many("t", [b"v"], headers=[headers])
-    (batch,) = platform.log("t", 0).batches
-    assert decode_batch(batch.data).headers.to_list() == [[("n", b"%d" % (n // 2))] for n in range(6)]
+    (batch,) = await platform.batches("t", 0)
+    assert decode_batch(batch).headers.to_list() == [[("n", b"%d" % (n // 2))] for n in range(6)]
 
 
 async def test_what_the_application_may_still_change_is_taken_as_it_is_now(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     data, headers = bytearray(b"1234"), {"a": bytearray(b"x"), "b": None}
     async with Producer(address, linger_ms=1_000) as producer:
         await producer.send("t", data, key=memoryview(data)[1:3], headers=headers)
@@ -754,15 +762,15 @@ async def test_what_the_application_may_still_change_is_taken_as_it_is_now(platf
         headers["a"][:] = b"y"
         headers["c"] = b"z"
         values.clear()
-    (batch,) = platform.log("t", 0).batches
-    records = decode_batch(batch.data)
+    (batch,) = await platform.batches("t", 0)
+    records = decode_batch(batch)
     assert records.values.to_list() == [b"1234", b"13", b"v", None]
     assert records.keys.to_list() == [b"23", b"k", b"l", None]
     assert records.headers.to_list() == [[("a", b"x"), ("b", None)], [("a", b"x"), ("b", None)], [], []]
 
 
 async def test_datetimes_are_milliseconds_of_any_time_zone(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     moment = datetime(2024, 2, 29, 12, 0, 0, 999_999, tzinfo=timezone(timedelta(hours=5, minutes=30)))
     expected = 1_709_188_200_999
     async with Producer(address, linger_ms=60_000) as producer:  # one batch, however slow the machine is
@@ -772,8 +780,8 @@ async def test_datetimes_are_milliseconds_of_any_time_zone(platform, address):
         await producer.send_many("t", [b"v"] * 2, timestamps_ms=np.array([1, 2]))
         await producer.flush()
         assert (await future).timestamp_ms == expected
-    (batch,) = platform.log("t", 0).batches
-    assert decode_batch(batch.data).timestamps_ms.tolist() == [expected, expected, expected, 7, -86_400_000, 1, 2]
+    (batch,) = await platform.batches("t", 0)
+    assert decode_batch(batch).timestamps_ms.tolist() == [expected, expected, expected, 7, -86_400_000, 1, 2]
 
 
 NAIVE = datetime(2024, 1, 1)
@@ -808,11 +816,11 @@ NAIVE = datetime(2024, 1, 1)
     ],
 )
 async def test_a_bad_record_is_named_with_field_limit_and_value(platform, address, arguments, kind, named):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         with pytest.raises(kind, match=named):
             await producer.send("t", **{"value": b"v"} | arguments)
-    assert values_in(platform) == []
+    assert await values_in(platform) == []
 
 
 @pytest.mark.parametrize(
@@ -853,46 +861,46 @@ async def test_a_bad_record_is_named_with_field_limit_and_value(platform, addres
     ],
 )
 async def test_a_bad_list_of_records_is_named_with_field_and_position(platform, address, columns, kind, named):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         with pytest.raises(kind, match=named):
             await producer.send_many("t", **({"values": [b"v", b"w"]} | columns))
-    assert values_in(platform) == []
+    assert await values_in(platform) == []
 
 
 async def test_acks_below_the_topics_minimum(platform, address):
-    platform.add_topic("t", 1, min_acks=types_pb2.ACKS_DURABLE)
+    await platform.create_topic("t", 1, min_acks=types_pb2.ACKS_DURABLE)
     async with Producer(address, acks="wal") as producer:
         with pytest.raises(errors.AcksTooWeak, match="acks durable at least, not wal"):
             await producer.send("t", b"v")
 
 
 async def test_acks_none_has_no_offset(platform, address):
-    platform.add_topic("t", 1, min_acks=types_pb2.ACKS_NONE)
+    await platform.create_topic("t", 1, min_acks=types_pb2.ACKS_NONE)
     async with Producer(address, acks="none") as producer:
         assert (await (await producer.send("t", b"v"))).offset == -1
         assert (await (await producer.send_many("t", [b"v", b"w"]))).offsets.tolist() == [-1, -1]
 
 
 async def test_without_idempotence_order_still_holds(platform, address):
-    platform.add_topic("t", 1)
-    platform.faults.overloaded = 3
+    await platform.create_topic("t", 1)
+    platform.faults.fail("produce", errors.Overloaded("full", retry_after_ms=20), 3)
     async with Producer(address, idempotent=False, batch_bytes=100, linger_ms=0) as producer:
         for n in range(100):
             await producer.send("t", b"%d" % n)
-    assert values_in(platform) == [b"%d" % n for n in range(100)]
-    assert platform.calls["init_producer"] == 0
+    assert await values_in(platform) == [b"%d" % n for n in range(100)]
+    assert platform.faults.calls["init_producer"] == 0
 
 
 async def test_nulls_headers_and_negative_timestamps_arrive(platform, address):
     from shformat import decode_batch
 
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         await producer.send("t", None, key=b"", headers=[("h", b"1"), ("h", None)], timestamp_ms=-5)
         await producer.send("t", b"", key=None)
         await producer.send_many("t", [b"a", None], keys=[None, b"k"], headers=[[], [("x", b"")]], timestamps_ms=9)
-    records = decode_batch(platform.log("t", 0).batches[0].data)
+    records = decode_batch((await platform.batches("t", 0))[0])
     assert records.values.to_list() == [None, b"", b"a", None]
     assert records.keys.to_list() == [b"", None, None, b"k"]
     assert records.headers.to_list() == [[("h", b"1"), ("h", None)], [], [], [("x", b"")]]
@@ -900,30 +908,28 @@ async def test_nulls_headers_and_negative_timestamps_arrive(platform, address):
 
 
 async def test_a_topic_deleted_while_sending(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address, delivery_timeout_ms=20_000) as producer:
         await (await producer.send("t", b"v"))
-        del platform.topics["t"]
+        await platform.delete_topic("t")
         future = await producer.send("t", b"w")
         with pytest.raises(errors.UnknownTopic):
             await future
 
 
 async def test_nothing_is_left_running(platform, address):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     before, problems = asyncio.all_tasks(), []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context["message"]))
     async with Producer(address, batch_bytes=200, linger_ms=0) as producer:
-        for fault in ({"cut_after": 1}, {"cut_after": 0}, {"not_leader": 1}):
-            for name, value in fault.items():
-                setattr(platform.faults, name, value)
+        for fault in (cut(1), cut(), failing(errors.NotLeader("not me"))):
+            fault(platform)
             futures = [await producer.send("t", b"%d" % n, partition=n % 2) for n in range(50)]
             await asyncio.gather(*futures)
-        await platform.server.stop(0)
+        await platform.stop_listening()
         future = await producer.send("t", b"v")
         await until(lambda: has_failed(producer))
-        platform.server._listen = platform.address
-        await platform.server.start()
+        await platform.listen_again()
         await future
     gc.collect()
     assert [problem for problem in problems if "destroyed" in problem] == []
@@ -934,22 +940,20 @@ async def test_nothing_is_left_running(platform, address):
 
 
 async def test_the_server_restarts(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address, linger_ms=0) as producer:
         await (await producer.send("t", b"0"))
-        port = platform.server.port
-        await platform.server.stop(0)
+        await platform.stop_listening()
         future = await producer.send("t", b"1")
         await until(lambda: has_failed(producer))
-        platform.server._listen = f"127.0.0.1:{port}"
-        await platform.server.start()
+        await platform.listen_again()
         assert (await future).offset == 1
-    assert values_in(platform) == [b"0", b"1"]
+    assert await values_in(platform) == [b"0", b"1"]
 
 
 async def test_a_cancelled_body_does_not_wait_for_a_flush(platform, address):
-    platform.add_topic("t", 1)
-    platform.faults.silent = True
+    await platform.create_topic("t", 1)
+    platform.faults.hang("produce")
 
     async def work():
         async with Producer(address) as producer:
@@ -957,7 +961,7 @@ async def test_a_cancelled_body_does_not_wait_for_a_flush(platform, address):
             await asyncio.sleep(60)
 
     task = asyncio.create_task(work())
-    await until(lambda: platform.calls["produce"] == 1)
+    await until(lambda: platform.faults.calls["produce"] == 1)
     task.cancel()
     async with asyncio.timeout(PATIENCE_S):  # a flush would take delivery_timeout_ms, twice as long
         await asyncio.gather(task, return_exceptions=True)
@@ -966,7 +970,7 @@ async def test_a_cancelled_body_does_not_wait_for_a_flush(platform, address):
 
 async def test_the_event_loop_has_its_turns_though_every_send_finds_room(platform, address):
     """Batches leave, and other tasks go on, while the application does nothing but `await send(...)`."""
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     ticks = 0
 
     async def tick():

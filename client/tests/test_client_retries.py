@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import grpc.aio
 import pytest
@@ -17,7 +18,7 @@ from shruntime.server import ServerLimits
 from streamhouse import Admin, Consumer, Producer, sync
 from streamhouse.retries import Retries
 
-from client.tests.fake_streamhouse import FakeStreamHouse
+from tests.platform.cluster import Cluster
 
 BOOTSTRAP = ["a:1", "b:2"]
 
@@ -185,8 +186,8 @@ def test_a_silence_after_answers_is_told_once(caplog):
 
 
 async def test_a_start_that_takes_too_long_names_the_option_the_time_and_the_last_cause(platform, address):
-    platform.add_topic("t", 2)
-    platform.faults.lookups_down = True
+    await platform.create_topic("t", 2)
+    platform.faults.fail("lookup_offsets", Unavailable("no leader answers"))
     consumer = Consumer(address, ["t"], group="g", start="latest", retry_timeout_ms=1_000)
     with pytest.raises(Unavailable) as caught:
         await consumer.start()
@@ -202,26 +203,27 @@ async def test_a_short_absence_is_no_news(caplog):
 # ---- first contact: nobody is there when the client begins
 
 
-class LatePlatform(FakeStreamHouse):
+class LatePlatform(Cluster):
     """Begins to listen, on an address known before, once a client has failed to reach it."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path) -> None:
         with socket.socket() as held:
             held.bind(("127.0.0.1", 0))
             self.bootstrap = f"127.0.0.1:{held.getsockname()[1]}"
-        super().__init__(self.bootstrap)
+        super().__init__(directory, self.bootstrap)
         self.missed = threading.Event()
 
     async def begin_once_missed(self) -> None:
         while not self.missed.is_set():
             await asyncio.sleep(0.01)
-        self.add_topic("t", 1)
+        await self.start_services()
+        await self.create_topic("t", 1)
         await self.server.start()
 
 
 @pytest.fixture
-async def late(monkeypatch):
-    platform = LatePlatform()
+async def late(monkeypatch, tmp_path):
+    platform = LatePlatform(tmp_path)
     repeats = streamhouse.retries._may_repeat
 
     def noted(*arguments):
@@ -233,7 +235,7 @@ async def late(monkeypatch):
     yield platform
     beginning.cancel()
     await asyncio.gather(beginning, return_exceptions=True)
-    await platform.server.stop(0)
+    await platform.stop()
 
 
 async def test_a_producer_waits_for_its_first_contact(late):
@@ -245,7 +247,7 @@ async def test_a_producer_waits_for_its_first_contact(late):
 async def test_a_consumer_waits_for_its_first_contact(late):
     async with Consumer(late.bootstrap, ["t"], group="g") as consumer:
         assert consumer.positions() or consumer.assignment == frozenset()
-    assert late.missed.is_set() and late.calls["join_group"] == 1
+    assert late.missed.is_set() and late.faults.calls["join_group"] == 1
 
 
 async def test_an_admin_waits_for_its_first_contact(late):
@@ -266,8 +268,8 @@ async def test_plain_code_waits_for_its_first_contact(late):
 
 
 @pytest.mark.parametrize("command", ["topic list", "produce t --file /dev/null", "consume t"])
-async def test_the_command_line_waits_for_its_first_contact(command):
-    platform = LatePlatform()
+async def test_the_command_line_waits_for_its_first_contact(command, tmp_path):
+    platform = LatePlatform(tmp_path)
     arguments = [*command.split(), "--bootstrap", platform.bootstrap, "--retry-timeout-ms", "60000"]
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "streamhouse_cli", *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -287,23 +289,23 @@ async def test_the_command_line_waits_for_its_first_contact(command):
         if process.returncode is None:
             process.kill()
             await process.wait()
-        await platform.server.stop(0)
+        await platform.stop()
 
 
 async def test_a_consumer_that_is_asked_while_nobody_answers_waits(address, platform):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Consumer(address, ["t"]) as consumer:
-        platform.faults.lookups_refused = 3
+        platform.faults.fail("lookup_offsets", Overloaded("too many calls", retry_after_ms=1), 3)
         await consumer.seek("t", 0, "latest")
-        platform.faults.lookups_refused = 3
+        platform.faults.fail("lookup_offsets", Overloaded("too many calls", retry_after_ms=1), 3)
         assert (await consumer.lag())["t", 0].records == 0
-        assert platform.faults.lookups_refused == 0
+        assert platform.faults.failing("lookup_offsets") == 0
 
 
 # ---- a server that is too busy
 
 
-async def test_a_crowd_that_is_told_to_come_again_is_served_in_the_end(monkeypatch):
+async def test_a_crowd_that_is_told_to_come_again_is_served_in_the_end(monkeypatch, tmp_path):
     """Those that have a stream and need a call to go on with it are not kept from it by the others' streams."""
     monkeypatch.setattr(shproto.rpc, "RETRY_AFTER_MS_MIN", 1)
     monkeypatch.setattr(shproto.rpc, "RETRY_AFTER_MS_MAX", 50)
@@ -312,9 +314,9 @@ async def test_a_crowd_that_is_told_to_come_again_is_served_in_the_end(monkeypat
         async with Producer(address) as producer:
             return (await (await producer.send("t", b"x"))).offset
 
-    async with FakeStreamHouse(limits=ServerLimits(calls_in_flight_max=5, streams_open_max=5)) as platform:
-        platform.add_topic("t", 1)
-        platform.faults.answer_delay_ms = 20
+    async with Cluster(tmp_path, limits=ServerLimits(calls_in_flight_max=5, streams_open_max=5)) as platform:
+        await platform.create_topic("t", 1)
+        platform.faults.delay("produce", 20)
         offsets = await asyncio.gather(*[write(platform.address) for _ in range(100)])
         assert sorted(offsets) == list(range(100))
         assert platform.server.calls.calls.refused + platform.server.calls.streams.refused > 0
@@ -356,44 +358,42 @@ async def test_a_wrong_server_is_named_at_once():
 ADVERTISED = r"cannot connect to no-such-host\.invalid:7070: .*STREAMHOUSE_ADVERTISE"
 
 
-async def test_a_leader_out_of_reach_is_told_at_once_and_in_the_end(caplog):
-    async with FakeStreamHouse() as platform:
-        platform.add_topic("t", 1)
-        platform.faults.leader = "no-such-host.invalid:7070"
-        async with Producer(platform.address, delivery_timeout_ms=1_500) as producer:
-            future = await producer.send("t", b"x")
-            while not re.search(ADVERTISED, caplog.text):
-                assert not future.done(), "the warning comes before the end"
-                await asyncio.sleep(0.01)
-            with pytest.raises(Unavailable, match=f"delivery_timeout_ms = 1500; last error: {ADVERTISED}"):
-                await future
+async def test_a_leader_out_of_reach_is_told_at_once_and_in_the_end(caplog, platform):
+    await platform.create_topic("t", 1)
+    platform.advertise(leader="no-such-host.invalid:7070")
+    async with Producer(platform.address, delivery_timeout_ms=1_500) as producer:
+        future = await producer.send("t", b"x")
+        while not re.search(ADVERTISED, caplog.text):
+            assert not future.done(), "the warning comes before the end"
+            await asyncio.sleep(0.01)
+        with pytest.raises(Unavailable, match=f"delivery_timeout_ms = 1500; last error: {ADVERTISED}"):
+            await future
 
 
-async def test_a_query_service_out_of_reach_is_told_at_once_and_in_the_end(caplog):
-    async with FakeStreamHouse() as platform:
-        platform.add_topic("t", 1)
-        platform.faults.reader = "no-such-host.invalid:7070"
-        async with Consumer(platform.address, ["t"], start=0, retry_timeout_ms=1_500) as consumer:
-            reading = asyncio.create_task(anext(consumer))
-            while not re.search(ADVERTISED, caplog.text):
-                assert not reading.done(), "the warning comes before the end"
-                await asyncio.sleep(0.01)
-            with pytest.raises(Unavailable, match=ADVERTISED):
-                await reading
+async def test_a_query_service_out_of_reach_is_told_at_once_and_in_the_end(caplog, platform):
+    await platform.create_topic("t", 1)
+    platform.advertise(readers=["no-such-host.invalid:7070"])
+    async with Consumer(platform.address, ["t"], start=0, retry_timeout_ms=1_500) as consumer:
+        reading = asyncio.create_task(anext(consumer))
+        while not re.search(ADVERTISED, caplog.text):
+            assert not reading.done(), "the warning comes before the end"
+            await asyncio.sleep(0.01)
+        with pytest.raises(Unavailable, match=ADVERTISED):
+            await reading
 
 
 async def test_calls_that_wait_for_an_answer_fail_when_their_client_is_closed(platform, address):
     """They ended as if somebody had cancelled their tasks."""
-    platform.add_topic("t", 1)
-    platform.faults.metadata_hangs = True
+    await platform.create_topic("t", 1)
+    platform.faults.hang("get_metadata")
     for client, calls in (
         (Producer(address), lambda client: [client.send("t", b"v"), client.send_many("t", [b"v"])]),
         (Consumer(address, ["t"]), lambda client: [client.start()]),
         (Admin(address), lambda client: [client.offsets("t", "latest")]),
     ):
-        asked = platform.calls["get_metadata"]
+        asked = platform.faults.calls["get_metadata"]
         tasks = [asyncio.create_task(call) for call in calls(client)]
-        while platform.calls["get_metadata"] == asked:
+        while platform.faults.calls["get_metadata"] == asked:
             await asyncio.sleep(0.01)
         await client.close()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)

@@ -27,7 +27,7 @@ def test_json_of_equal_objects_is_equal_bytes():
 
 
 async def test_objects_come_out_as_they_went_in(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address, **JSON) as producer:
         for order in ORDERS[:50]:
             await producer.send("t", order, key=order["who"])
@@ -46,7 +46,7 @@ async def test_objects_come_out_as_they_went_in(platform, address):
 
 
 def test_objects_come_out_as_they_went_in_without_async(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     threads = set()
 
     def serialize(item):
@@ -72,7 +72,7 @@ def test_objects_come_out_as_they_went_in_without_async(server):
 
 
 async def test_equal_keys_go_to_the_partition_of_their_bytes(platform, address):
-    platform.add_topic("t", 7)
+    await platform.create_topic("t", 7)
     async with Producer(address) as plain, Producer(address, key_serializer=json_serializer) as producer:
         for n in range(20):
             place = await producer.send_and_wait("t", b"v", key={"user": n})
@@ -96,8 +96,8 @@ async def test_a_serializer_that_fails_is_an_error_of_the_send(platform, address
         async def close(self):
             self.producer.close()
 
-    fake = platform if form == "async" else server
-    fake.add_topic("t", 1)
+    cluster = platform if form == "async" else server.awaited
+    await cluster.create_topic("t", 1)
     producer = Producer(address, **JSON) if form == "async" else Plain(**JSON)
     with pytest.raises(
         errors.SerializationError, match="value_serializer failed on a record for topic 't': TypeE"
@@ -119,11 +119,11 @@ async def test_a_serializer_that_fails_is_an_error_of_the_send(platform, address
     with pytest.raises(errors.SerializationError, match=r"value_serializer returned '5' \(str\) for a record"):
         await producer.send("t", 5)
     await producer.close()
-    assert fake.log("t", 0).records() == []
+    assert await cluster.records("t", 0) == []
 
 
 async def test_a_deserializer_that_fails_names_the_record_and_reading_goes_on_behind_it(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         await producer.send_many("t", [b"%d" % n for n in range(20)], keys=[b"k"] * 20)
     async with Consumer(address, ["t"], group="g", stop_at_end=True, value_deserializer=refuse_13) as consumer:
@@ -135,7 +135,7 @@ async def test_a_deserializer_that_fails_names_the_record_and_reading_goes_on_be
             except errors.SerializationError as error:
                 found = error
                 await consumer._commits.commit_existing()  # as an automatic commit in this moment
-                assert platform.groups["g"].offsets["t", 0] == 13
+                assert platform.group("g").offsets["t", 0] == 13
             except StopAsyncIteration:
                 break
         assert values == [n for n in range(20) if n != 13]
@@ -148,7 +148,7 @@ async def test_a_deserializer_that_fails_names_the_record_and_reading_goes_on_be
 
 
 async def test_a_consumer_that_is_left_with_the_error_finds_the_record_again(platform, address):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         await producer.send_many("t", [b"%d" % n for n in range(20)])
     for _ in range(2):
@@ -160,7 +160,7 @@ async def test_a_consumer_that_is_left_with_the_error_finds_the_record_again(pla
 
 
 def test_a_deserializer_that_fails_without_async(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     with streamhouse.sync.Producer(server.address) as producer:
         producer.send_many("t", [b"%d" % n for n in range(20)])
     for _ in range(2):
@@ -180,7 +180,7 @@ def test_a_deserializer_that_fails_without_async(server):
 
 def test_an_interrupt_in_a_deserializer_passes_over_no_record(server):
     """Ctrl-C is no failure of the deserializer: the record has not reached the application."""
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     with streamhouse.sync.Producer(server.address) as producer:
         producer.send_many("t", [b"%d" % n for n in range(20)])
     interrupts = [KeyboardInterrupt]
@@ -230,20 +230,20 @@ class PlainConsumer:
 
 @pytest.mark.parametrize("form", ["async", "sync"])
 async def test_poll_returns_what_comes_before_a_failure_and_raises_it_next(platform, server, form):
-    fake, kind = (platform, Consumer) if form == "async" else (server, PlainConsumer)
-    fake.add_topic("t", 2)
-    async with Producer(fake.address, batch_bytes=300) as producer:  # several batches
+    cluster, kind = (platform, Consumer) if form == "async" else (server.awaited, PlainConsumer)
+    await cluster.create_topic("t", 2)
+    async with Producer(cluster.address, batch_bytes=300) as producer:  # several batches
         for partition in range(2):
             await producer.send_many("t", [b"%d" % n for n in range(20)], partition=partition)
     values, failed = {0: [], 1: []}, []
-    async with kind(fake.address, ["t"], group="g", auto_commit=False, value_deserializer=refuse_13) as consumer:
+    async with kind(cluster.address, ["t"], group="g", auto_commit=False, value_deserializer=refuse_13) as consumer:
         while sum(map(len, values.values())) < 38:
             try:
                 polled = await consumer.poll(30_000, 7)
             except errors.SerializationError as error:
                 failed.append((error.record.partition, error.record.offset))
                 await consumer.commit()
-                assert fake.groups["g"].offsets["t", error.record.partition] == 14
+                assert cluster.group("g").offsets["t", error.record.partition] == 14
                 continue
             assert 0 < sum(map(len, polled.values())) <= 7
             for where, records in polled.items():
@@ -252,13 +252,13 @@ async def test_poll_returns_what_comes_before_a_failure_and_raises_it_next(platf
             await consumer.commit()
             for partition, found in values.items():
                 behind = 1 if (partition, 13) in failed and found[-1:] == [12] else 0
-                assert fake.groups["g"].offsets.get(("t", partition), 0) == (found[-1] + 1 if found else 0) + behind
+                assert cluster.group("g").offsets.get(("t", partition), 0) == (found[-1] + 1 if found else 0) + behind
     assert values == {partition: [n for n in range(20) if n != 13] for partition in range(2)}
     assert sorted(failed) == [(0, 13), (1, 13)]
 
 
 async def test_a_failure_of_a_poll_is_raised_however_many_records_others_have(platform, address):
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     async with Producer(address) as producer:
         await producer.send_and_wait("t", b"13", partition=0)
         await producer.send_many("t", [b"1"] * 100, partition=1)

@@ -15,8 +15,8 @@ import streamhouse
 from streamhouse import Consumer, errors, sync
 from streamhouse.sync import Producer
 
-from client.tests.fake_streamhouse import FakeStreamHouse
 from client.tests.test_client_consumer import PATIENCE_S, fill, take, until
+from tests.platform.cluster import ThreadedCluster
 
 # ---- tasks
 
@@ -34,10 +34,10 @@ async def test_tasks_share_a_consumer(platform, address):
 
         async with asyncio.timeout(PATIENCE_S):
             await asyncio.gather(*map(work, seen))
-    everything = [(partition, n) for partition in (0, 1) for n in range(platform.log("t", partition).next_offset)]
+    everything = [(partition, n) for partition in (0, 1) for n in range(await platform.end("t", partition))]
     assert sorted(seen[0] + seen[1] + seen[2]) == everything, "each once"
     assert all(seen), "none was left out"
-    assert sum(platform.groups["g"].offsets.values()) == 2_000
+    assert sum(platform.group("g").offsets.values()) == 2_000
 
 
 async def test_a_commit_does_not_pass_what_another_task_has_in_hand(platform, address, monkeypatch):
@@ -48,7 +48,7 @@ async def test_a_commit_does_not_pass_what_another_task_has_in_hand(platform, ad
 
         async def counted():
             await commit()
-            rounds.append(dict(platform.groups["g"].offsets))
+            rounds.append(dict(platform.group("g").offsets))
 
         monkeypatch.setattr(consumer._commits, "commit_existing", counted)
 
@@ -60,12 +60,12 @@ async def test_a_commit_does_not_pass_what_another_task_has_in_hand(platform, ad
         await until(lambda: consumer.positions() == {("t", 0): 1})
         assert [record.offset for record in await take(consumer, 99)] == list(range(1, 100))
         await consumer.commit()  # what this task has in hand, and nothing that is the other's
-        await until(lambda: platform.groups["g"].offsets == {("t", 0): 0})
+        await until(lambda: platform.group("g").offsets == {("t", 0): 0})
         rounds.clear()
         await until(lambda: len(rounds) > 3)  # the first may have begun before
         assert all(offsets == {("t", 0): 0} for offsets in rounds)
         go_on.set()
-        await until(lambda: platform.groups["g"].offsets == {("t", 0): 100})
+        await until(lambda: platform.group("g").offsets == {("t", 0): 100})
         slowly.cancel()
         await asyncio.wait([slowly])
 
@@ -78,7 +78,7 @@ async def test_leaving_does_not_commit_what_a_task_had_in_hand_that_was_cancelle
         await take(consumer, 9)
         hanging.cancel()
         await asyncio.wait([hanging])
-    assert platform.groups["g"].offsets == {("t", 0): 0}
+    assert platform.group("g").offsets == {("t", 0): 0}
 
 
 async def _hang(consumer):
@@ -101,7 +101,7 @@ async def test_a_task_that_failed_holds_the_group_there_and_is_named(platform, a
         await until(lambda: "t/0, offset 3, in hand" in caplog.text)
         assert "worker 7" in caplog.text
     assert isinstance(failing.exception(), ValueError)
-    assert platform.groups["g"].offsets == {("t", 0): 3}
+    assert platform.group("g").offsets == {("t", 0): 3}
     assert caplog.text.count("in hand") == 1
 
 
@@ -117,8 +117,8 @@ async def test_a_task_for_each_record_leaves_nothing_behind(platform, address):
         offsets += [await asyncio.wait_for(ask(consumer), PATIENCE_S) for _ in range(10)]
         offsets += [(await asyncio.wait_for(anext(consumer), PATIENCE_S)).offset for _ in range(10)]
         assert offsets == list(range(40))
-        await until(lambda: platform.groups["g"].offsets == {("t", 0): 39})
-    assert platform.groups["g"].offsets == {("t", 0): 40}
+        await until(lambda: platform.group("g").offsets == {("t", 0): 39})
+    assert platform.group("g").offsets == {("t", 0): 40}
 
 
 async def test_tasks_share_batches(platform, address):
@@ -134,7 +134,7 @@ async def test_tasks_share_batches(platform, address):
         async with asyncio.timeout(PATIENCE_S):
             await asyncio.gather(work(), work(), work())
     assert len(offsets) == len(set(offsets)) == 3_000
-    assert sum(platform.groups["g"].offsets.values()) == 3_000
+    assert sum(platform.group("g").offsets.values()) == 3_000
 
 
 async def test_batches_go_on_after_a_timeout(platform, address):
@@ -155,7 +155,7 @@ async def test_batches_go_on_after_a_timeout(platform, address):
 
 async def test_batches_go_on_after_an_error(platform, address):
     await fill(platform, address, 10, partitions=1)
-    platform.faults.fetch_error["t", 0] = errors.DataLoss("gone", topic="t", partition=0, base_offset=0, end_offset=5)
+    platform.faults.fail_partition(errors.DataLoss("gone", topic="t", partition=0, base_offset=0, end_offset=5))
     async with Consumer(address, ["t"]) as consumer:
         batches = consumer.batches()
         with pytest.raises(errors.DataLoss):
@@ -166,8 +166,8 @@ async def test_batches_go_on_after_an_error(platform, address):
 # ---- threads
 
 
-def write(server: FakeStreamHouse, count: int, partitions: int) -> None:
-    server.add_topic("t", partitions)
+def write(server: ThreadedCluster, count: int, partitions: int) -> None:
+    server.create_topic("t", partitions)
     with Producer(server.address, batch_bytes=20_000) as producer:
         producer.send_many("t", [b"%d" % n for n in range(count)], keys=[b"%d" % n for n in range(count)])
 
@@ -210,7 +210,7 @@ def test_threads_share_a_consumer(server, as_batches):
         in_threads(3, read)
         consumer.commit()
     assert len(seen) == len(set(seen)) == 20_000
-    assert sum(server.groups["g"].offsets.values()) == 20_000
+    assert sum(server.group("g").offsets.values()) == 20_000
 
 
 def test_a_commit_does_not_pass_what_another_thread_has_in_hand(server):
@@ -229,17 +229,17 @@ def test_a_commit_does_not_pass_what_another_thread_has_in_hand(server):
         assert took.wait(PATIENCE_S)
         assert [record.offset for record in consumer] == list(range(1, 100))
         consumer.commit()
-        assert server.groups["g"].offsets == {("t", 0): 0}
+        assert server.group("g").offsets == {("t", 0): 0}
         go_on.set()
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
         consumer.commit()
-        assert server.groups["g"].offsets == {("t", 0): 100}
+        assert server.group("g").offsets == {("t", 0): 100}
 
 
 def test_threads_that_wait_are_given_what_comes(server):
     """Each of them has waited before anything was there, and none asks twice."""
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     seen: list[int] = []
     with sync.Consumer(server.address, ["t"]) as consumer:
         threads = [threading.Thread(target=lambda: seen.append(next(consumer).offset), daemon=True) for _ in range(3)]
@@ -278,8 +278,8 @@ def test_a_script_that_does_not_close_its_consumer_ends_without_a_word(server):
         [sys.executable, "-c", ENDS, server.address], capture_output=True, text=True, timeout=PATIENCE_S, check=True
     )
     assert (ended.stdout, ended.stderr) == ("done\n", "")
-    assert server.groups["g"].members == {}
-    assert server.groups["g"].offsets == {("t", 0): 4}, "what the main thread had in hand it has not done with"
+    assert server.group("g").members == frozenset()
+    assert server.group("g").offsets == {("t", 0): 4}, "what the main thread had in hand it has not done with"
 
 
 # ---- Ctrl-C, which comes between any two steps

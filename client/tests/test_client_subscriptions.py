@@ -4,7 +4,6 @@ import asyncio
 import re
 
 import pytest
-from shproto.v1 import coordinator_pb2
 from streamhouse import Consumer, errors
 
 from client.tests.test_client_callbacks import PATIENCE_S, Told, fill, keep_reading, stop, until
@@ -16,26 +15,17 @@ def topics_of(consumer):
     return {where.topic for where in consumer.assignment}
 
 
-async def create(platform, topic, partitions=1):
-    await platform.create_topic(coordinator_pb2.CreateTopicRequest(topic=topic, partitions=partitions))
-
-
-async def delete(platform, topic):
-    await platform.delete_topic(coordinator_pb2.DeleteTopicRequest(topic=topic))
-    platform.wake()
-
-
 @pytest.mark.parametrize("group", [None, "g"])
 @pytest.mark.parametrize("pattern", [{"topics": re.compile("orders-.*")}, {"pattern": "orders-.*"}])
 async def test_topics_that_match_are_read_also_those_created_later(platform, address, group, pattern):
     for topic in ("orders-eu", "my-orders-eu", "orders"):
-        await create(platform, topic)
+        await platform.create_topic(topic)
         await fill(address, 2, topic=topic, partitions=1)
     seen = []
     async with Consumer(address, **pattern, group=group, **EVERY) as consumer:
         assert topics_of(consumer) == {"orders-eu"}, "the whole name has to match"
         reading = asyncio.create_task(keep_reading(consumer, seen))
-        await create(platform, "orders-us", 2)
+        await platform.create_topic("orders-us", 2)
         await fill(address, 2, topic="orders-us", partitions=2)
         await until(lambda: len(seen) == 6)
         await stop(reading)
@@ -47,7 +37,7 @@ async def test_a_pattern_may_match_nothing_yet(platform, address, group):
     async with Consumer(address, pattern="later.*", group=group, **EVERY) as consumer:
         assert await consumer.poll(1) == {}
         reading = asyncio.create_task(anext(consumer))
-        await create(platform, "later")
+        await platform.create_topic("later")
         await fill(address, 1, topic="later", partitions=1)
         assert (await asyncio.wait_for(reading, PATIENCE_S)).topic == "later"
 
@@ -56,35 +46,35 @@ async def test_a_pattern_may_match_nothing_yet(platform, address, group):
 @pytest.mark.parametrize("group", [None, "g"])
 async def test_a_topic_that_is_deleted_leaves_and_the_others_are_read_on(platform, address, group, noticed_by):
     for topic in ("a1", "a2"):
-        await create(platform, topic)
+        await platform.create_topic(topic)
         await fill(address, 2, topic=topic, partitions=1)
     seen = []
     every = EVERY if noticed_by == "the list" else {}
     async with Consumer(address, pattern="a.", group=group, **every) as consumer:
         reading = asyncio.create_task(keep_reading(consumer, seen))
         await until(lambda: len(seen) == 4)
-        await delete(platform, "a1")
+        await platform.delete_topic("a1")
         await until(lambda: topics_of(consumer) == {"a2"})
         await fill(address, 3, topic="a2", partitions=1)
         await until(lambda: len(seen) == 7)
         assert not reading.done()
         await stop(reading)
     if group:
-        assert {where: at for where, at in platform.groups["g"].offsets.items() if where[0] == "a2"} == {("a2", 0): 5}
+        assert {where: at for where, at in platform.group("g").offsets.items() if where[0] == "a2"} == {("a2", 0): 5}
 
 
 @pytest.mark.parametrize("group", [None, "g"])
 async def test_a_topic_that_is_created_again_is_read_from_its_start(platform, address, group):
-    await create(platform, "a1")
+    await platform.create_topic("a1")
     await fill(address, 5, topic="a1", partitions=1)
     seen = []
     told = Told()
     async with Consumer(address, pattern="a.", group=group, **told.all, **EVERY) as consumer:
         reading = asyncio.create_task(keep_reading(consumer, seen))
         await until(lambda: len(seen) == 5)
-        platform.add_topic("a1", 1)
+        await platform.delete_topic("a1")
+        await platform.create_topic("a1")
         await fill(address, 3, topic="a1", partitions=1)
-        platform.wake()
         await until(lambda: len(seen) == 8)
         await stop(reading)
     assert [record.offset for record in seen] == [0, 1, 2, 3, 4, 0, 1, 2]
@@ -94,7 +84,7 @@ async def test_a_topic_that_is_created_again_is_read_from_its_start(platform, ad
 @pytest.mark.parametrize("group", [None, "g"])
 async def test_subscribing_at_run_time_drops_what_was_received_of_topics_that_leave(platform, address, group):
     for topic in ("t", "u", "v"):
-        await create(platform, topic)
+        await platform.create_topic(topic)
         await fill(address, 50, topic=topic, partitions=1)
     consumer = Consumer(address, group=group)
     await consumer.subscribe(["t", "u"])
@@ -109,13 +99,13 @@ async def test_subscribing_at_run_time_drops_what_was_received_of_topics_that_le
     await consumer.close()
     if group:
         committed = {"u": 50, "v": 50} | ({"t": 1} if first.topic == "t" else {})
-        assert {topic: at for (topic, _), at in platform.groups["g"].offsets.items()} == committed
+        assert {topic: at for (topic, _), at in platform.group("g").offsets.items()} == committed
 
 
 @pytest.mark.parametrize("group", [None, "g"])
 async def test_what_leaves_is_told_in_the_call_and_positions_of_the_rest_stay(platform, address, group):
     for topic in ("t", "u"):
-        await create(platform, topic)
+        await platform.create_topic(topic)
         await fill(address, 5, topic=topic, partitions=1)
     told, topics = Told(), []
 
@@ -139,7 +129,7 @@ async def test_what_leaves_is_told_in_the_call_and_positions_of_the_rest_stay(pl
 
 @pytest.mark.parametrize("group", [None, "g"])
 async def test_unsubscribing_gives_up_everything_and_commits_what_is_done_with(platform, address, group):
-    await create(platform, "t")
+    await platform.create_topic("t")
     await fill(address, 5, topic="t", partitions=1)
     told = Told()
     async with Consumer(address, ["t"], group=group, auto_commit_interval_ms=3_600_000, **told.all) as consumer:
@@ -150,7 +140,7 @@ async def test_unsubscribing_gives_up_everything_and_commits_what_is_done_with(p
         with pytest.raises(errors.InvalidArgument, match="reads nothing"):
             await consumer.poll()
         if group:
-            assert platform.groups["g"].offsets == {("t", 0): 3} and not platform.groups["g"].members
+            assert platform.group("g").offsets == {("t", 0): 3} and not platform.group("g").members
             assert consumer.membership.state == "out"
         await consumer.subscribe(["t"])
         assert (await anext(consumer)).offset == (3 if group else 0)
@@ -158,24 +148,24 @@ async def test_unsubscribing_gives_up_everything_and_commits_what_is_done_with(p
 
 
 async def test_a_name_whose_topic_was_created_again_can_be_subscribed_to_again(platform, address):
-    await create(platform, "t")
+    await platform.create_topic("t")
     await fill(address, 2, topic="t", partitions=1)
     async with Consumer(address, ["t"]) as consumer:
         assert [(await anext(consumer)).offset for _ in range(2)] == [0, 1]
-        await delete(platform, "t")
+        await platform.delete_topic("t")
         with pytest.raises(errors.UnknownTopic):
             await anext(consumer)
         await consumer.unsubscribe()
         with pytest.raises(errors.UnknownTopic):
             await consumer.subscribe(["t"])
-        await create(platform, "t")
+        await platform.create_topic("t")
         await fill(address, 1, topic="t", partitions=1)
         await consumer.subscribe(["t"])
         assert (await anext(consumer)).offset == 0
 
 
 async def test_a_refused_subscription_changes_nothing(platform, address):
-    await create(platform, "t")
+    await platform.create_topic("t")
     await fill(address, 2, topic="t", partitions=1)
     async with Consumer(address, ["t"], group="g") as consumer:
         for wanted, error in (
@@ -190,7 +180,7 @@ async def test_a_refused_subscription_changes_nothing(platform, address):
             with pytest.raises(error):
                 await consumer.subscribe(**wanted)
         assert [(await anext(consumer)).offset for _ in range(2)] == [0, 1]
-        assert platform.calls["join_group"] == 1
+        assert platform.faults.calls["join_group"] == 1
     with pytest.raises(errors.InvalidArgument, match="closed"):
         await consumer.subscribe(["t"])
     given = Consumer(address, assign=[("t", 0)])
@@ -206,7 +196,7 @@ async def test_a_refused_subscription_changes_nothing(platform, address):
 
 async def test_members_of_one_group_may_read_different_topics(platform, address):
     for topic in ("a", "b", "both"):
-        await create(platform, topic, 2)
+        await platform.create_topic(topic, 2)
     async with (
         Consumer(address, ["a", "both"], group="g") as first,
         Consumer(address, ["b", "both"], group="g") as second,
@@ -223,21 +213,21 @@ async def test_members_of_one_group_may_read_different_topics(platform, address)
 
 async def test_a_subscription_that_the_group_does_not_hear_of_is_asked_for_again(platform, address):
     for topic in ("t", "u"):
-        await create(platform, topic)
+        await platform.create_topic(topic)
     async with Consumer(address, ["t"], group="g", retry_timeout_ms=300) as consumer:
-        platform.faults.join_down = True
+        platform.faults.fail("join_group", errors.Unavailable("no PostgreSQL"))
         with pytest.raises(errors.Unavailable, match="retry_timeout_ms = 300"):
             await consumer.subscribe(["u"])
         assert not consumer.assignment
-        platform.faults.join_down = False
+        platform.faults.mend("join_group")
         await until(lambda: consumer.assignment == {("u", 0)})
 
 
 async def test_closing_ends_a_subscription_that_waits_for_the_group(platform, address):
     for topic in ("t", "u"):
-        await create(platform, topic)
+        await platform.create_topic(topic)
     async with Consumer(address, ["t"], group="g") as consumer:
-        platform.faults.join_down = True
+        platform.faults.fail("join_group", errors.Unavailable("no PostgreSQL"))
         subscribing = asyncio.create_task(consumer.subscribe(["u"]))
         await until(lambda: not consumer.assignment)
         await asyncio.sleep(0.05)
@@ -247,7 +237,7 @@ async def test_closing_ends_a_subscription_that_waits_for_the_group(platform, ad
 
 async def test_a_member_that_refuses_what_it_is_given_does_not_ask_in_a_loop(platform, address):
     """Between giving up and leaving, or telling its new topics, the group gives it the same again."""
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     entered, go_on = asyncio.Event(), asyncio.Event()
 
     async def on_revoked(partitions):
@@ -255,15 +245,15 @@ async def test_a_member_that_refuses_what_it_is_given_does_not_ask_in_a_loop(pla
         await go_on.wait()
 
     async with Consumer(address, ["t"], group="g", on_revoked=on_revoked) as consumer:
-        platform.add_topic("u", 1)
-        platform.faults.lookups_down = True
+        await platform.create_topic("u", 1)
+        platform.faults.fail("lookup_offsets", errors.Unavailable("no leader answers"))
         subscribing = asyncio.create_task(consumer.subscribe(["t", "u"]))
         await until(lambda: ("u", 0) in consumer._assignments.owned)
         subscribing.cancel()
         leaving = asyncio.create_task(consumer.unsubscribe())
         await entered.wait()
-        before = platform.calls["heartbeat_group"]
+        before = platform.faults.calls["heartbeat_group"]
         await asyncio.sleep(0.5)  # 50 ms between two heartbeats
-        assert platform.calls["heartbeat_group"] - before < 50
+        assert platform.faults.calls["heartbeat_group"] - before < 50
         go_on.set()
         await leaving

@@ -1,4 +1,4 @@
-"""The synchronous client, against a fake on an event loop of its own."""
+"""The synchronous client, against a platform on an event loop of its own."""
 
 import asyncio
 import subprocess
@@ -41,7 +41,7 @@ def test_produce_and_consume(server):
 
 
 def test_batches_after_a_break_go_on(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     with Producer(server.address) as producer:
         producer.send_many("t", [b"%d" % n for n in range(300)])
     with Consumer(server.address, ["t"], stop_at_end=True) as consumer:
@@ -70,7 +70,7 @@ def test_batches_after_a_break_go_on(server):
 
 
 def test_several_threads_share_a_producer(server):
-    server.add_topic("t", 3)
+    server.create_topic("t", 3)
     failures = []
 
     def work(producer, name):
@@ -89,7 +89,7 @@ def test_several_threads_share_a_producer(server):
             thread.join()
     assert failures == []
     for partition in range(3):
-        values = [value for _, value in server.log("t", partition).records()]
+        values = [value for _, value in server.records("t", partition)]
         for name in (b"w0", b"w1", b"w2", b"w3"):
             numbers = [int(value.split(b"-")[1]) for value in values if value.startswith(name)]
             assert numbers == list(range(partition, 1000, 3))
@@ -98,7 +98,7 @@ def test_several_threads_share_a_producer(server):
 @pytest.mark.parametrize("as_batches", [False, True])
 def test_an_interrupted_iteration_goes_on_where_it_was(server, monkeypatch, as_batches):
     """Ctrl-C, and what other signal handlers raise, may come between any two steps of it."""
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     with Producer(server.address) as producer:
         producer.send_many("t", [b"%d" % n for n in range(100)])
     each = RecordBatch.__iter__
@@ -123,7 +123,7 @@ def test_an_interrupted_iteration_goes_on_where_it_was(server, monkeypatch, as_b
 
 
 def test_positions_can_be_asked_for_while_partitions_come_and_go(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     with Consumer(server.address, ["t"]) as consumer:
         cursors = consumer._inner._reader.cursors
 
@@ -140,7 +140,7 @@ def test_positions_can_be_asked_for_while_partitions_come_and_go(server):
 
 
 def test_errors_reach_the_caller(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     with Producer(server.address) as producer:
         with pytest.raises(errors.UnknownTopic):
             producer.send("nope", b"v")
@@ -148,10 +148,10 @@ def test_errors_reach_the_caller(server):
             producer.send("t", b"v", partition=1)
         with pytest.raises(TypeError):
             producer.send("t", "text")
-        server.faults.refuse_batch = errors.InvalidBatch("no")
+        server.faults.fail("produce", errors.InvalidBatch("no"), 1)
         assert isinstance(producer.send("t", b"v").exception(10), errors.InvalidBatch)
     producer = Producer(server.address)
-    server.faults.refuse_batch = errors.InvalidBatch("no")
+    server.faults.fail("produce", errors.InvalidBatch("no"), 1)
     producer.send("t", b"v")
     with pytest.raises(errors.InvalidBatch):
         producer.flush()
@@ -161,19 +161,19 @@ def test_errors_reach_the_caller(server):
 
 
 def test_send_and_wait_returns_the_place_of_the_record(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     with Producer(server.address) as producer:
         assert producer.send_and_wait("t", b"0", timestamp_ms=5) == ("t", 0, 0, 5)
         assert producer.send_and_wait("t", b"1", key=b"k", headers={"h": b""}, partition=0).offset == 1
-        server.faults.refuse_batch = errors.InvalidBatch("no")
+        server.faults.fail("produce", errors.InvalidBatch("no"), 1)
         with pytest.raises(errors.InvalidBatch):
             producer.send_and_wait("t", b"v")
 
 
 @pytest.mark.parametrize("many", [False, True])
 def test_done_callbacks_are_called_before_a_flush_returns(server, many):
-    server.add_topic("t", 2)
-    server.faults.answer_delay_ms = 100
+    server.create_topic("t", 2)
+    server.faults.delay("produce", 100)
     seen = []
 
     def on_done(future):
@@ -193,19 +193,19 @@ def test_done_callbacks_are_called_before_a_flush_returns(server, many):
 
 
 def test_a_failure_that_a_done_callback_asked_for_is_not_raised_again(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     seen = []
     with Producer(server.address) as producer:
         producer.send_and_wait("t", b"v")
-        server.faults.refuse_batch = errors.InvalidBatch("no")
-        server.faults.answer_delay_ms = 100
+        server.faults.fail("produce", errors.InvalidBatch("no"), 1)
+        server.faults.delay("produce", 100)
         producer.send("t", b"v").add_done_callback(lambda future: seen.append(future.exception()))
     assert [type(error) for error in seen] == [errors.InvalidBatch]
 
 
 def test_done_callbacks_of_records_that_are_still_staged_or_refused(server):
     """While the loop's thread is busy, `send` returns before it has taken the record."""
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     seen = []
     producer = Producer(server.address, batch_bytes=1_000)
     producer.send_and_wait("t", b"v")
@@ -231,10 +231,10 @@ def test_done_callbacks_of_records_that_are_still_staged_or_refused(server):
 
 
 def test_an_exception_in_a_done_callback_is_logged_and_ends_nothing(server, caplog):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     seen = []
     with Producer(server.address) as producer:
-        server.faults.answer_delay_ms = 100
+        server.faults.delay("produce", 100)
         future = producer.send("t", b"v")
         for error in (ValueError("mine"), SystemExit(3)):
 
@@ -252,7 +252,7 @@ def test_an_exception_in_a_done_callback_is_logged_and_ends_nothing(server, capl
 
 
 def test_a_call_that_would_wait_in_a_done_callback_is_refused(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     seen = []
 
     def send_elsewhere(future):
@@ -262,15 +262,15 @@ def test_a_call_that_would_wait_in_a_done_callback_is_refused(server):
             seen.append(str(error))
 
     with Producer(server.address) as producer:
-        server.faults.answer_delay_ms = 100
+        server.faults.delay("produce", 100)
         producer.send("t", b"v").add_done_callback(send_elsewhere)
         producer.flush()
     assert len(seen) == 1 and "in callbacks" in seen[0]
 
 
 def test_a_timeout_does_not_lose_the_record(server):
-    server.add_topic("t", 1)
-    server.faults.answer_delay_ms = 300
+    server.create_topic("t", 1)
+    server.faults.delay("produce", 300)
     with Producer(server.address) as producer:
         future = producer.send("t", b"v")
         with pytest.raises(TimeoutError):
@@ -280,8 +280,8 @@ def test_a_timeout_does_not_lose_the_record(server):
 
 def test_a_timeout_does_not_lose_what_another_thread_sent_meanwhile(server):
     """Who waits for a record hands over what is staged, of whomever, and may be cancelled while there is no room."""
-    server.add_topic("t", 1)
-    server.faults.answer_delay_ms = 1_500
+    server.create_topic("t", 1)
+    server.faults.delay("produce", 1_500)
     with Producer(server.address, batch_bytes=100, buffer_bytes_max=100) as producer:
         first = producer.send("t", b"1" * 60)
         while first._batch is None:
@@ -303,14 +303,14 @@ def test_a_timeout_does_not_lose_what_another_thread_sent_meanwhile(server):
         busy.set()
         waiter.join()
         assert timed_out
-        server.faults.answer_delay_ms = 0
+        server.faults.delay("produce", 0)
         assert [future.result(30).offset for future in others] == [1, 2]
-    assert [value[:1] for _, value in server.log("t", 0).records()] == [b"1", b"2", b"3"]
+    assert [value[:1] for _, value in server.records("t", 0)] == [b"1", b"2", b"3"]
 
 
 def test_records_on_their_way_to_the_loop_are_bounded_in_bytes(server):
-    server.add_topic("t", 1)
-    server.faults.answer_delay_ms = 2_000
+    server.create_topic("t", 1)
+    server.faults.delay("produce", 2_000)
     mib, count = 1 << 20, 64
     futures = []
     with Producer(server.address, buffer_bytes_max=mib) as producer:
@@ -328,7 +328,7 @@ def test_records_on_their_way_to_the_loop_are_bounded_in_bytes(server):
         while not producer._waiting:
             assert time.monotonic() < deadline_s, "nothing holds it up"
             time.sleep(0.01)
-        server.faults.answer_delay_ms = 0
+        server.faults.delay("produce", 0)
         worker.join()
     limit = STAGED_SLOTS_MAX * SLOT_BYTES
     assert limit / 2 < max(staged_bytes) <= limit
@@ -338,10 +338,10 @@ def test_records_on_their_way_to_the_loop_are_bounded_in_bytes(server):
 def test_close_fails_all_records_that_wait_for_room_together(server):
     """delivery_timeout_ms counts from `send`: records behind a full buffer do not wait for it one after the other, an
     hour for these."""
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     producer = Producer(server.address, batch_bytes=200, buffer_bytes_max=200, delivery_timeout_ms=1_000)
     producer.send("t", b"opens the topic").result(PATIENCE_S)
-    server.faults.silent = True
+    server.faults.hang("produce")
     futures = [producer.send("t", bytes(150)) for _ in range(4_000)]
     failures = []
 
@@ -363,10 +363,10 @@ def test_close_fails_all_records_that_wait_for_room_together(server):
 
 
 def test_records_that_a_close_with_a_timeout_gives_up_are_unavailable(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     producer = Producer(server.address, batch_bytes=200, buffer_bytes_max=200)
     producer.send("t", b"opens the topic").result(PATIENCE_S)
-    server.faults.silent = True
+    server.faults.hang("produce")
     futures = [producer.send("t", bytes(150)) for _ in range(10)]
     with pytest.raises(TimeoutError, match="10 records are not acknowledged"):
         producer.close(timeout_s=0.05)

@@ -51,7 +51,7 @@ class Told:
 
 
 def test_callbacks_are_called_in_the_thread_that_asks(server):
-    server.add_topic("t", 2)
+    server.create_topic("t", 2)
     fill(server, 4)
     told = Told()
     consumer = Consumer(server.address, ["t"], group="g", **told.all)
@@ -68,11 +68,11 @@ def test_callbacks_are_called_in_the_thread_that_asks(server):
     consumer.close(timeout_s=PATIENCE_S)
     assert told.calls == [("assigned", {0, 1}), ("revoked", {1}), ("assigned", {1}), ("revoked", {0, 1})]
     assert told.threads == {threading.current_thread()}
-    assert not server.groups["g"].members
+    assert not server.group("g").members
 
 
 def test_the_consumer_can_be_used_inside_a_callback_but_not_read(server):
-    server.add_topic("t", 2)
+    server.create_topic("t", 2)
     fill(server, 10)
     refused = []
 
@@ -105,22 +105,22 @@ def test_the_consumer_can_be_used_inside_a_callback_but_not_read(server):
     finally:
         consumer.close()
     assert len(refused) == 6
-    assert server.groups["g"].offsets == {("t", 0): 5, ("t", 1): 5}
+    assert server.group("g").offsets == {("t", 0): 5, ("t", 1): 5}
 
 
 def test_a_record_that_has_failed_is_not_committed_in_on_revoked(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     fill(server, 5, partitions=1)
     consumer = Consumer(server.address, ["t"], group="g", auto_commit=False, on_revoked=lambda _: consumer.commit())
     with pytest.raises(ZeroDivisionError), consumer:
         for record in consumer:
             if record.offset == 2:
                 raise ZeroDivisionError
-    assert server.groups["g"].offsets == {("t", 0): 2}
+    assert server.group("g").offsets == {("t", 0): 2}
 
 
 def test_what_a_callback_raises_comes_from_the_read_and_the_hand_over_goes_on(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     fill(server, 2, partitions=1)
     failures = [ZeroDivisionError("assigned"), KeyboardInterrupt()]
 
@@ -140,7 +140,7 @@ def test_what_a_callback_raises_comes_from_the_read_and_the_hand_over_goes_on(se
 
 
 def test_a_slow_callback_keeps_the_membership(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     entered, go_on = threading.Event(), threading.Event()
 
     def on_assigned(partitions):
@@ -151,16 +151,16 @@ def test_a_slow_callback_keeps_the_membership(server):
     starting = threading.Thread(target=consumer.start)
     starting.start()
     assert entered.wait(PATIENCE_S)
-    before = server.calls["heartbeat_group"]
-    until(lambda: server.calls["heartbeat_group"] > before + 5)
-    assert consumer.membership.state == "rebalancing" and server.groups["g"].members
+    before = server.faults.calls["heartbeat_group"]
+    until(lambda: server.faults.calls["heartbeat_group"] > before + 5)
+    assert consumer.membership.state == "rebalancing" and server.group("g").members
     go_on.set()
     starting.join()
     consumer.close()
 
 
 def test_other_threads_read_on_while_one_is_inside_a_callback(server):
-    server.add_topic("t", 2)
+    server.create_topic("t", 2)
     entered, go_on, seen = threading.Event(), threading.Event(), []
 
     def on_revoked(partitions):
@@ -189,7 +189,7 @@ def test_other_threads_read_on_while_one_is_inside_a_callback(server):
 
 
 def test_closing_waits_for_a_callback_in_another_thread(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     entered, go_on, told = threading.Event(), threading.Event(), Told()
 
     def on_assigned(partitions):
@@ -211,7 +211,7 @@ def test_closing_waits_for_a_callback_in_another_thread(server):
 
 
 def test_closing_is_over_when_its_time_is(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     consumer = Consumer(server.address, ["t"], group="g", on_revoked=lambda _: time.sleep(0.2))
     consumer.start()
     with pytest.raises(TimeoutError, match=r"timeout_s = 0\.1"):
@@ -221,21 +221,21 @@ def test_closing_is_over_when_its_time_is(server):
 
 def test_subscribing_by_names_and_patterns(server):
     for topic in ("t", "u"):
-        server.add_topic(topic, 1)
+        server.create_topic(topic, 1)
         fill(server, 3, topic=topic, partitions=1)
     told = Told()
     with Consumer(server.address, ["t"], group="g", topic_refresh_interval_ms=20, **told.all) as consumer:
         assert next(consumer).topic == "t"
         consumer.subscribe(["u"])
-        assert server.groups["g"].offsets["t", 0] == 1, "what the thread had in hand is done with"
+        assert server.group("g").offsets["t", 0] == 1, "what the thread had in hand is done with"
         assert [next(consumer).topic for _ in range(3)] == ["u"] * 3
         consumer.subscribe(re.compile("[tuv]"))
         assert [next(consumer).topic for _ in range(2)] == ["t"] * 2
-        server.add_topic("v", 1)
+        server.create_topic("v", 1)
         fill(server, 1, topic="v", partitions=1)
         assert next(consumer).topic == "v"
         consumer.unsubscribe()
-        assert not server.groups["g"].members and not consumer.assignment
+        assert not server.group("g").members and not consumer.assignment
         with pytest.raises(InvalidArgument, match="reads nothing"):
             next(consumer)
         consumer.subscribe(pattern="v")
@@ -256,7 +256,7 @@ def test_coroutine_functions_are_refused(server):
 @pytest.mark.parametrize("first", ["start", "poll"])
 def test_an_interrupt_at_any_step_leaves_no_hand_over_behind(server, monkeypatch, first):
     """Ctrl-C may come between any two steps of a thread that is about to call, calls, or has called."""
-    server.add_topic("t", 2)
+    server.create_topic("t", 2)
     fill(server, 5)
     monkeypatch.setattr(test_client_sharing, "STEPPED", STEPPED | {str(SDK / "assignments.py")})
     step, was_reached = 0, True
