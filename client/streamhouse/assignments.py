@@ -1,8 +1,8 @@
 """Carries out changes of assignment: opens assigned partitions, stops revoked and lost partitions, and calls the
 application's callbacks in between.
 
-Owns: cursors of partitions that are being given up, the callback that runs. Does not own: the choice of partitions by
-the group or the subscription, positions of partitions being read.
+Owns: cursors of revoked partitions, the callback that runs. Does not own: the choice of partitions by the group or the
+subscription, positions of partitions being read.
 Invariants: one callback runs at a time, called by the task or thread that asks for records (`call_due`, or a thread
 between `begin` and `finish`); `run` does steps without a callback. Records of a partition are handed over only after
 on_assigned has returned, and not any more once on_revoked or on_lost is due. A callback that raises counts as called:
@@ -88,7 +88,7 @@ def callbacks_of(callbacks: Callbacks, *, plain: bool = False) -> Callbacks:
 
 class Assignments:
     """Brings partitions to the state that `assign` and `lose` ask for; the owner runs `run` as a task.
-    `revoked(cursors)`: makes the last commit of partitions before they are given up. `changed()`: called when the owned
+    `revoked(cursors)`: makes the last commit of revoked partitions. `changed()`: called when the owned
     partitions may have changed."""
 
     def __init__(
@@ -111,7 +111,7 @@ class Assignments:
         self._calling: asyncio.Task[None] | None = None
         self._is_awaited = False  # a task of the application awaits `_calling`
         self.callbacks = callbacks
-        self.kept: dict[TopicPartition, Cursor] = {}  # of partitions being given up
+        self.kept: dict[TopicPartition, Cursor] = {}  # of revoked partitions, until their step is finished
         # Read by the application's threads without a lock; True if a callback waits for a task or thread to call it.
         self.is_due = False
         # The thread that calls a callback now, from `begin` to `finish`.
@@ -122,7 +122,7 @@ class Assignments:
 
     @property
     def cursors(self) -> dict[TopicPartition, Cursor]:
-        """Cursors of the partitions being read or given up, as a copy; read from any thread."""
+        """Cursors of the partitions being read or revoked, as a copy; read from any thread."""
         return {**self.kept, **self._reader.cursors}
 
     @property
@@ -146,15 +146,15 @@ class Assignments:
         return self.callbacks.on_assigned is not None
 
     def assign(self, partitions: Iterable[TopicPartition]) -> None:
-        """Reads these partitions from now on, and gives up all others."""
+        """Reads these partitions from now on, and revokes all others."""
         self._carry_out(self._hand_over.assign(partitions))
 
     def stop_reading(self) -> None:
-        """Gives up all partitions."""
+        """Revokes all partitions."""
         self.assign(())
 
     def keep(self, is_kept: Callable[[TopicPartition], bool]) -> None:
-        """Gives up the partitions for which `is_kept` returns False."""
+        """Revokes the partitions for which `is_kept` returns False."""
         self.assign(filter(is_kept, self._hand_over.assigned))
 
     def lose(self, partitions: Iterable[TopicPartition] | None = None) -> None:
@@ -211,7 +211,7 @@ class Assignments:
         self._look()
 
     async def wait_revoked(self) -> bool:
-        """Returns True once no revoked or lost partition is left to give up; False if a callback has to be called
+        """Returns True once no revoked or lost partition is left; False if a callback has to be called
         first."""
         while self._hand_over.is_revoking and not self.is_due:
             self._progress.clear()

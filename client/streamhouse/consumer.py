@@ -323,7 +323,7 @@ class Consumer(AsyncContext, AsyncIteration):
         on_lost: Callback | None = None,
     ) -> None:
         """Reads these topics instead of the earlier ones: names, or a pattern that has to match the whole name, also of
-        topics created later. On a started consumer the partitions of other topics are given up and the records in hand
+        topics created later. On a started consumer the partitions of other topics are revoked and the records in hand
         of the calling task count as processed; returns once the position at which reading begins is known for the
         partitions that the group has assigned so far.
 
@@ -343,7 +343,7 @@ class Consumer(AsyncContext, AsyncIteration):
         await self._assignments.call_due()
 
     async def _subscribe(self, worker: Worker, subscription: Subscription, callbacks: Callbacks) -> None:
-        """Subscribes. The caller gives up partitions after that, then calls `_await_subscription`."""
+        """Subscribes. The caller calls `_finish_revocation` after that, then `_await_subscription`."""
         self._refuse_subscribing("subscribe")
         if not subscription:
             raise InvalidArgument("there are no topics in it; unsubscribe stops reading", field="topics")
@@ -373,7 +373,7 @@ class Consumer(AsyncContext, AsyncIteration):
             raise InvalidArgument(f"a consumer of the partitions of assign has nothing to {what}", field="assign")
 
     async def _finish_revocation(self) -> None:
-        """Returns once all revoked and lost partitions are given up, with the callbacks for them."""
+        """Returns once the callbacks for all revoked and lost partitions have returned."""
         while not await self._assignments.wait_revoked():
             await self._assignments.call_due()
 
@@ -398,7 +398,7 @@ class Consumer(AsyncContext, AsyncIteration):
         await self._opened()
 
     async def unsubscribe(self) -> None:
-        """Reads nothing until the next `subscribe`: gives up all partitions, with on_revoked, and leaves the group. The
+        """Reads nothing until the next `subscribe`: revokes all partitions, with on_revoked, and leaves the group. The
         records in hand of the calling task count as processed and are committed with auto_commit.
 
         Raises the error of that commit or of a callback; the consumer is unsubscribed all the same.
@@ -427,7 +427,7 @@ class Consumer(AsyncContext, AsyncIteration):
             self._assignments.stop_reading()
 
     async def _step_out_of_group(self) -> None:
-        """Leaves the group, after the partitions are given up."""
+        """Leaves the group, after the partitions are revoked."""
         self._silence = None
         if self._membership is not None:
             try:
@@ -443,7 +443,7 @@ class Consumer(AsyncContext, AsyncIteration):
 
     @explains_kafka_arguments("Consumer.close")
     async def close(self, timeout_s: float | None = None, *, done_with_last: bool = True) -> None:
-        """Commits (with auto_commit), gives up the partitions, with on_revoked, leaves the group, then closes the
+        """Commits (with auto_commit), revokes the partitions, with on_revoked, leaves the group, then closes the
         connections.
 
         done_with_last: True commits the record in hand of the calling task, and those of tasks that have returned, as
@@ -768,7 +768,7 @@ class Consumer(AsyncContext, AsyncIteration):
 
     @property
     def assignment(self) -> frozenset[TopicPartition]:
-        """Partitions being read, or being given up while on_revoked has not returned."""
+        """Partitions being read, or revoked while on_revoked has not returned."""
         return Assigned(self._assignments.cursors)
 
     async def wait_for_assignment(self, timeout_ms: int | None = None) -> frozenset[TopicPartition]:
@@ -982,7 +982,7 @@ class Consumer(AsyncContext, AsyncIteration):
             raise InvalidArgument("a consumer without a group has nothing to commit to", field="group")
         if offsets is None and self._assignments.is_inside:
             # The records in hand belong to the task that reads, and may be the cause of a failure. And a deleted topic
-            # must not keep the partitions of other topics from being committed before they are given up.
+            # must not keep the partitions of other topics from being committed before they leave.
             await self._commits.commit_existing()
         elif offsets is None:
             worker.held = None
@@ -1059,7 +1059,7 @@ class Consumer(AsyncContext, AsyncIteration):
             self._membership.owned_changed()
 
     async def _commit_revoked(self, cursors: Mapping[TopicPartition, Cursor]) -> None:
-        """Commits the processed records of partitions that are given up; the next owner reads the record in hand
+        """Commits the processed records of revoked partitions; the next owner reads the record in hand
         again."""
         if self._options.auto_commit and self._membership is not None:
             try:

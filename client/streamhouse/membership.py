@@ -1,6 +1,6 @@
 """Membership of a consumer in its group: joins, sends heartbeats, reports owned partitions, leaves.
 
-Owns: member id, generation, the topics to join with. Does not own: the partitions that are read or given up, positions.
+Owns: member id, generation, the topics to join with. Does not own: the partitions that are read or revoked, positions.
 Invariants: one call to the group at a time, so that no answer overtakes another. An answer to a former member id
 changes nothing. Heartbeats continue regardless of the application and its partitions. After `step_out` nothing joins
 again before `come_back`.
@@ -28,14 +28,14 @@ log = logging.getLogger(__name__)
 
 
 # Wait of a heartbeat while another member still holds partitions assigned to this member. The coordinator answers early
-# when they are given up.
+# when they are released.
 PENDING_WAIT_MS = 1_000
 
 
 class Membership:
     """Keeps a consumer in its group. `given(partitions)`: called with the assigned partitions of each answer. `lost()`:
     called when all partitions may belong to other members, so that commits are refused. `owned()`: returns the
-    partitions read or not given up yet; the group assigns them to no other member. `failed(error)`: called with errors
+    partitions read or not released yet; the group assigns them to no other member. `failed(error)`: called with errors
     for the application."""
 
     def __init__(

@@ -366,7 +366,7 @@ class Producer(AsyncContext):
     async def close(self, timeout_s: float | None = None, *, flush: bool = True, raise_failures: bool = True) -> None:
         """Flushes (unless flush=False), then closes the connections. Raises the errors of `flush`, after closing.
 
-        Records that are not acknowledged after timeout_s are given up: their futures fail with Unavailable.
+        The futures of records that are not acknowledged after timeout_s fail with Unavailable.
         """
         check_timeout_s("timeout_s", timeout_s)
         forks.check()

@@ -1,4 +1,4 @@
-"""Stages of a consumer's partitions: assigned, read, given up or lost, and the next callback of the application.
+"""Stages of a consumer's partitions: assigned, read, revoked or lost, and the next callback of the application.
 
 Owns: the stage of every partition. Does not own: the assignment, cursors, callbacks, messages to the group.
 Invariants: a partition is owned from when it is wanted until its REVOKED step is finished, so that no other member
@@ -65,7 +65,7 @@ class HandOver:
         self._assigned: Partitions = NONE
         self._stages: dict[TopicPartition, _Stage] = {}
         self._running: Step | None = None
-        self._lost_in_step: set[TopicPartition] = set()  # among the partitions that the running step gives up
+        self._lost_in_step: set[TopicPartition] = set()  # among the partitions that the running step revokes
 
     @property
     def owned(self) -> Partitions:
@@ -102,7 +102,7 @@ class HandOver:
 
     @property
     def is_revoking(self) -> bool:
-        """True until all revoked and lost partitions are given up."""
+        """True until the steps of all revoked and lost partitions are finished."""
         gone = self._running is not None and self._running.kind is not Kind.ASSIGNED
         return gone or not {_Stage.REVOKED, _Stage.LOST}.isdisjoint(self._stages.values())
 
@@ -112,7 +112,7 @@ class HandOver:
         return self._settle()
 
     def adopt(self, partitions: Iterable[TopicPartition], *, announce: bool) -> None:
-        """Counts these partitions as wanted and opened; there were none before."""
+        """Counts these partitions as assigned and opened; there were none before."""
         self._assigned = frozenset(partitions)
         self._stages = dict.fromkeys(self._assigned, _Stage.OPENED if announce else _Stage.READ)
 
@@ -124,8 +124,8 @@ class HandOver:
             self._stages[where] = _Stage.OPENED if announce else _Stage.READ
 
     def lose(self, partitions: Iterable[TopicPartition] | None = None) -> Changes:
-        """Gives up ownership of these partitions at once (None: of all partitions, and none is wanted any more):
-        another member may own them already, or their topic is gone. Partitions that are still wanted are opened anew.
+        """Ends the ownership of these partitions at once (None: of all partitions, and none is assigned any more):
+        another member may own them already, or their topic is gone. Partitions that are still assigned are opened anew.
         Returns the changes that follow."""
         running = self._running.partitions if self._running else NONE
         forgotten, lost = set(), set()

@@ -146,7 +146,7 @@ class Consumer(PlainContext, PlainIteration):
         self._call_due()
 
     def unsubscribe(self) -> None:
-        """Reads nothing until the next `subscribe`: gives up all partitions, with on_revoked, and leaves the group. The
+        """Reads nothing until the next `subscribe`: revokes all partitions, with on_revoked, and leaves the group. The
         records in hand of the calling thread count as processed and are committed with auto_commit.
 
         Raises the error of that commit or of a callback; the consumer is unsubscribed all the same.
@@ -161,7 +161,7 @@ class Consumer(PlainContext, PlainIteration):
             raise refusal
 
     def _finish_revocation(self) -> None:
-        """Returns once all revoked and lost partitions are given up, with the callbacks for them."""
+        """Returns once the callbacks for all revoked and lost partitions have returned."""
         while not BACKGROUND.run(self._assignments.wait_revoked()):
             self._call_due()
 
@@ -398,7 +398,7 @@ class Consumer(PlainContext, PlainIteration):
 
     @property
     def assignment(self) -> frozenset[TopicPartition]:
-        """Partitions being read, or being given up while on_revoked has not returned."""
+        """Partitions being read, or revoked while on_revoked has not returned."""
         return self._inner.assignment
 
     def wait_for_assignment(self, timeout_ms: int | None = None) -> frozenset[TopicPartition]:
@@ -431,7 +431,7 @@ class Consumer(PlainContext, PlainIteration):
 
     @explains_kafka_arguments("Consumer.close")
     def close(self, timeout_s: float | None = None) -> None:
-        """Commits (with auto_commit), gives up the partitions, with on_revoked, leaves the group, then closes the
+        """Commits (with auto_commit), revokes the partitions, with on_revoked, leaves the group, then closes the
         connections.
 
         Raises TimeoutError if closing takes longer than timeout_s (None: only the options' limits apply), the error of

@@ -442,7 +442,7 @@ class Producer(PlainContext):
                     future._batch = batch  # last: with the batch the future may be done
                 except Exception as error:  # noqa: BLE001 - kept for the future, and for flush
                     if self._inner.closed and isinstance(error, InvalidArgument):
-                        # `send` has accepted the record: it fails like the records of batches that a close gives up.
+                        # `send` has accepted the record: it fails as the records of batches fail at a close.
                         error = Unavailable("the producer was closed before the record was sent")
                     self._refuse(future, error)
                 if future._callbacks:
@@ -517,7 +517,7 @@ class Producer(PlainContext):
     def close(self, timeout_s: float | None = None) -> None:
         """Flushes, then closes the connections. Raises as `flush` does, after closing.
 
-        Records not acknowledged after timeout_s are given up: their futures fail.
+        The futures of records not acknowledged after timeout_s fail.
         """
         check_timeout_s("timeout_s", timeout_s)
         self._close(timeout_s, flush=True, raise_failures=True)

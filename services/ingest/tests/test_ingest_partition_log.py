@@ -103,7 +103,7 @@ def test_what_a_finished_log_never_registered_is_forgotten():
     append(log, 5, ProducerStamp(8, 0, 0))
     log.seal()
     log.register(10)
-    log.give_up()
+    log.forget_unregistered()
     assert log.producers.get(7).next_sequence == 10
     assert log.producers.get(8) is None
 
@@ -118,7 +118,7 @@ def two_epochs_at_the_same_offsets() -> tuple[PartitionLog, PartitionLog]:
     return older, newer
 
 
-@pytest.mark.parametrize("ends", [lambda older: older.settle(10), lambda older: older.give_up()])
+@pytest.mark.parametrize("ends", [lambda older: older.settle(10), lambda older: older.forget_unregistered()])
 def test_what_an_epoch_gives_up_leaves_what_the_next_one_wrote_at_the_same_offsets(ends):
     """G5: otherwise a retry of it is written once more."""
     older, newer = two_epochs_at_the_same_offsets()

@@ -350,7 +350,7 @@ class FileBatchReader:
             try:
                 self._read_span(span)
             except WalDamaged:
-                # Bits may have flipped in the page cache alone: the disk decides before a batch is given up.
+                # Bits may have flipped in the page cache alone: the disk decides before a batch counts as lost.
                 self._forget_cached(span)
                 damaged += [position for position in span if not self._can_read(position)]
         return damaged

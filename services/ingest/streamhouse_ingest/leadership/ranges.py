@@ -2,7 +2,7 @@
 
 Owns: the lost spans that were logged and counted already. Does not own: the logs, which the writer appends to.
 Invariants: leadership starts and ends only here and in the transfers. A log is settled or dropped after the group that
-is being written; older epochs give up their records before newer epochs lead.
+is being written; records of older epochs are fenced before newer epochs lead.
 """
 
 import logging
@@ -86,9 +86,9 @@ class Ranges:
         for grant in grants:
             held = self._logs.get(grant_key(grant))
             if grant.status == LOST and held is not None:
-                self._give_up(held, grant)
-        # Older epochs give up their records first: the records may lie at the offsets of newer epochs, whose producer
-        # snapshots must not contain them, and cannot be given up any more once a newer epoch leads.
+                self._drop_lost(held, grant)
+        # Older epochs first: their fenced records may lie at the offsets of newer epochs, whose producer snapshots must
+        # not contain them, and cannot be fenced any more once a newer epoch leads.
         self._drop_others(kept, only)
         rest = [grant_key(grant) for grant in kept if self._must_wait(grant)]
         waiting = set(rest)
@@ -101,7 +101,7 @@ class Ranges:
         held = self._logs.get(grant_key(grant))
         return grant.snapshot_omitted and (held is None or not held.producers_reported)
 
-    def _give_up(self, held: HeldLog, grant: pb.RangeGrant) -> None:
+    def _drop_lost(self, held: HeldLog, grant: pb.RangeGrant) -> None:
         """Drops the log of a range that was declared lost while this agent was away: registration would fence the rest
         of its records."""
         held.log.name(grant.topic, grant.start_offset, grant.min_acks)

@@ -193,7 +193,7 @@ class Logs:
         if not any(other.log.leading for other in self._by_partition[log.key.partition_key]):
             # Registered batches return with the grant of the next epoch. If a log leads, that grant has already come,
             # and older ranges ended well: a fenced range ends the session, and with it all leadership.
-            log.give_up()
+            log.forget_unregistered()
         buffers = [*log.sealed, *([] if log.open is None else [log.open])]
         self.memory_bytes -= sum(map(_cost, buffers))
         while log.tail:
@@ -265,7 +265,7 @@ class Logs:
         return left
 
     def settle(self, held: HeldLog, end_offset: int) -> int:
-        """Settles the range at `end_offset`. Returns the number of records beyond, which are given up."""
+        """Settles the range at `end_offset`. Returns the number of records beyond, which are fenced."""
         self.stop_leading(held)
         self.seal(held)
         with self._counting_sealed(held.log):

@@ -157,7 +157,7 @@ class PartitionLog:
         return buffer.split(offset)
 
     def settle(self, end_offset: int) -> list[Buffer]:
-        """Settles the range at `end_offset`: stops leading and gives up all records beyond, which can never be
+        """Settles the range at `end_offset`: stops leading and fences all records beyond, which can never be
         registered. Returns their buffers."""
         self.leading = False
         self.settled_end = end_offset
@@ -173,13 +173,13 @@ class PartitionLog:
                 self.sealed.append(buffer)
                 buffer = beyond
             fenced.append(buffer)
-        # A retry of a record that is given up must be written anew: it is no duplicate.
+        # A retry of a fenced record must be written anew: it is no duplicate.
         end_offset = max(end_offset, self.registered_end)
         self.producers.forget(self.key.epoch, end_offset, self.next_offset)
         self.next_offset = min(self.next_offset, end_offset)
         return fenced
 
-    def give_up(self) -> None:
+    def forget_unregistered(self) -> None:
         """Forgets the producers' unregistered batches: the range is over and nothing more of it can be registered."""
         self.producers.forget(self.key.epoch, self.registered_end, self.next_offset)
 

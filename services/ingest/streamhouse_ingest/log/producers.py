@@ -32,8 +32,7 @@ class SnapshotError(ValueError):
 
 class WrittenBatch(NamedTuple):
     """A batch of a producer. epoch: the epoch whose log holds the batch; REPORTED if the coordinator reported it.
-    Records that an epoch must give up can have the same offsets as records of the next epoch: the epoch tells them
-    apart."""
+    Fenced records of an epoch can have the same offsets as records of the next epoch: the epoch tells them apart."""
 
     base_sequence: int
     record_count: int
@@ -146,7 +145,7 @@ class ProducerTable:
         self._states = dict(ordered[-self._producers_max :])
 
     def forget(self, epoch: int, base_offset: int, end_offset: int) -> None:
-        """Forgets the batches of `epoch` in [base_offset, end_offset), which were given up: a retry of them is no
+        """Forgets the batches of `epoch` in [base_offset, end_offset), which were fenced or lost: a retry of them is no
         duplicate, and a later epoch may use their offsets by now."""
         self._states = _restricted(
             self._states, lambda batch: batch.epoch != epoch or not base_offset <= batch.base_offset < end_offset

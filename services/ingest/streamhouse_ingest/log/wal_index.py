@@ -1,8 +1,9 @@
 """Selects the files of the write-ahead log that are not needed any more.
 
 Owns: sizes and end offsets per file. Does not own: the files themselves, registered ends (logs.py).
-Invariants: a file is deletable once everything in it is registered, or given up for a reason the coordinator knows.
-Files are deleted from the front only, so that a file missing in the middle is recognized as damage at the next start.
+Invariants: a file is deletable once everything in it is registered, fenced, or lost with the knowledge of the
+coordinator. Files are deleted from the front only, so that a file missing in the middle is recognized as damage at the
+next start.
 """
 
 from collections.abc import Callable

@@ -151,7 +151,7 @@ class ProduceService:
         """Returns the response once the ack level is reached.
 
         Raises the error that refused the batch, DurableTimeout, Unavailable, and DataLoss if the batch repeats a batch
-        that was given up, or was damaged before its registration.
+        that was declared lost, or was damaged before its registration.
         """
         with self._counting_refusals(), trace.use_span(pending.span, end_on_exit=True):
             return await self._answer(pending)

@@ -81,7 +81,8 @@ class TopicLookup:
         """True if a batch written at `offset`, in an older range of the log's partition, is in a segment; False also if
         the coordinator cannot answer.
 
-        Raises DataLoss if the batch is recorded as lost or its range was given up, NotLeader if the topic is deleted.
+        Raises DataLoss if the batch is recorded as lost or its range was declared lost, NotLeader if the topic is
+        deleted.
         """
         try:
             described = await self._coordinator.describe_topic(pb.DescribeTopicRequest(topic=log.topic))
@@ -100,7 +101,7 @@ class TopicLookup:
             end_offset = owned.end_offset if owned.HasField("end_offset") else owned.limit_offset
             if owned.registered_end <= offset < end_offset:
                 if owned.status == "lost":
-                    raise _given_up(log, owned, offset)
+                    raise _declared_lost(log, owned, offset)
                 return False
         return True
 
@@ -165,7 +166,7 @@ def _on_record_as_lost(log: PartitionLog, span: pb.LostSpan, offset: int) -> Dat
     )
 
 
-def _given_up(log: PartitionLog, owned: types_pb2.OffsetRange, offset: int) -> DataLoss:
+def _declared_lost(log: PartitionLog, owned: types_pb2.OffsetRange, offset: int) -> DataLoss:
     return DataLoss(
         f"{log.topic}/{log.key.partition}: the batch was written at offset {offset} in epoch {owned.epoch} of agent "
         f"{owned.agent_id}, and given up with everything from offset {owned.registered_end} on",
