@@ -145,6 +145,7 @@ async def _consume(bootstrap: str, reading: Reading, render: Render) -> None:
 
     output = Output(sys.stdout.fileno())
     left = reading.count_max
+    # A topic that is unknown, or services that cannot be reached, are an error now, not a wait of the consumer.
     await reach_readers(bootstrap, reading.topic)
     async with reading.consumer(bootstrap) as consumer:
         async for batch in consumer.batches():
@@ -203,6 +204,8 @@ class Output:
         other errors, such as a full disk."""
         view = memoryview(data)
         while view:
+            # Asked before each write, not set non-blocking: the descriptor's mode is shared with the shell and other
+            # programs.
             if not self._poll.poll(0):
                 await self._writable()
             try:

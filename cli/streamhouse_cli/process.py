@@ -90,6 +90,7 @@ class Termination:
             self._task = asyncio.current_task()
             return await work()
 
+        # While the loop runs nothing may be raised: it could hit a callback of gRPC.
         self._is_running = True
         try:
             with asyncio.Runner(loop_factory=loop_factory) as runner:
@@ -191,6 +192,7 @@ def is_terminal(stream: TextIO | None) -> bool:
 def reader_is_gone() -> bool:
     """True if stdout is a pipe or a connection whose other end is closed."""
     try:
+        # A pipe without a reader reports an error without being asked for any event.
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
     except (AttributeError, OSError, ValueError):

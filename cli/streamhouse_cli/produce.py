@@ -309,6 +309,7 @@ class Sending:
 
     def _settle(self) -> None:
         done = [result for result in self._pending if result.done()]
+        # Sends that are done are dropped at each step: the input may be endless.
         self._pending = [result for result in self._pending if not result.done()]
         faults = [fault for result in done for fault in result.errors()]
         failed = sum(len(positions) for _, positions in faults)
@@ -376,6 +377,7 @@ async def _send_input(
         if stop.is_set():
             report.cut_off = splitter.unfinished_bytes > 0
         else:
+            # Only at the true end: after a signal the last line may be half of one.
             await lines.send(splitter.finish())
         await sending.finish()
     except (BinaryInput, BadHeader) as error:

@@ -80,6 +80,7 @@ class ServeProcess:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0 or not selector.select(left_s):
                     raise ServeFailed(f"streamhouse serve was not ready after {READY_TIMEOUT_S:.0f} s{self.log_end()}")
+                # Not readline(): it would wait beyond the deadline for a line that is never completed.
                 piece = os.read(self._process.stdout.fileno(), 4096)
                 if not piece:
                     raise ServeFailed(f"streamhouse serve ended before it was ready{self.log_end()}")
@@ -90,6 +91,7 @@ class ServeProcess:
         """Sends SIGTERM, and waits for the drain. Raises ServeFailed unless the process ends in time with exit code
         0."""
         assert self._process is not None, "not started"
+        # Drains as an operator's stop does: uploads, registers, and gives the leases back.
         self._process.send_signal(signal.SIGTERM)
         try:
             code = self._process.wait(STOP_TIMEOUT_S)

@@ -102,6 +102,7 @@ def sweep(
     given = {"orphan_grace_ms": grace_ms, "orphan_confirm_ms": confirm_ms}
     patience = {name: value for name, value in given.items() if value is not None}
     place = Place(bootstrap=bootstrap, store_dir=directory, config=config, prefix=_checked(prefix), patience=patience)
+    # First without deleting, so that the question names what would go.
     report, found = _sweep(place, dry_run=True)
     if not as_json:
         _print_found(found, report)
@@ -109,6 +110,7 @@ def sweep(
         if found.deletable and not yes:
             question = f"Delete {found.deletable:,} objects, {show_bytes(found.deletable_bytes)}, for good?"
             confirm(question)
+        # Looked at anew: what was registered while the question stood is not deleted.
         report, found = _sweep(place, dry_run=False)
     if as_json:
         print_json({"dry_run": dry_run, **asdict(report), "objects": [_described(item) for item in found.objects]})

@@ -162,6 +162,7 @@ class Verifier:
     async def _read_each(self, segments: Iterator[Segment]) -> None:
         for segment in segments:
             findings = await self._read(segment)
+            # Compaction may have replaced the segment since the snapshot: then nothing is wrong.
             if findings and await self._is_unreferenced([segment.object_key]):
                 self._report.replaced += 1
             else:
@@ -199,6 +200,7 @@ class Verifier:
     def _judge_unknown(self, said: coordinator_pb2.ObjectDeletion, size_bytes: int, age_ms: int) -> None:
         if said.verdict == coordinator_pb2.DELETION_VERDICT_REFERENCED:
             return  # registered since
+        # A sweep has seen it: it is deleted later without help, so it is no finding.
         if said.noticed_ms:
             self._report.waiting_objects += 1
         elif said.verdict == coordinator_pb2.DELETION_VERDICT_DECLARED or age_ms < self._grace_ms:
@@ -211,6 +213,7 @@ class Verifier:
         self, partitions: Sequence[_Partition], registered: set[str]
     ) -> AsyncIterator[dict[str, tuple[int, int]]]:
         """Yields pages of objects that were not registered at the start: key -> (size in bytes, age in ms)."""
+        # By pages, because a store may list millions of objects.
         page: dict[str, tuple[int, int]] = {}
         for prefix in self._prefixes(partitions):
             async for info in self._store.list(prefix):

@@ -152,6 +152,7 @@ class PartitionIndex:
             raise IndexMismatch(f"{self.name}: segment {segment.segment_id} overlaps its neighbours")
         self.segments.insert(position, segment)
         self._bases.insert(position, segment.base_offset)
+        # Computed again by the next search; little is dropped, since segments are registered in order.
         del self._latest[position:]
 
     def remove_segments(self, segment_ids: Iterable[str]) -> list[Segment]:
@@ -333,6 +334,7 @@ class ClusterIndex:
             address=event.address,
             wal_id=event.wal_id,
         )
+        # Any partition may wait for the address of this agent: its ranges outlive its sessions.
         return None if event.role == INGEST else frozenset()
 
     def _session_closed(self, event: ev.SessionClosed) -> frozenset[PartitionKey] | None:

@@ -104,6 +104,7 @@ class _Fetch:
         `_offset`."""
         done = False
         while not done:
+            # Armed before the index is looked at, or a change in between would wake no reader.
             watch.arm()
             partition = self._partition()
             done = await self._take(partition, self._plan(partition), watch)

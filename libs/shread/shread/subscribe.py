@@ -157,6 +157,7 @@ class SubscribeStream:
                 if delivery.since_ms is not None:
                     delivery_duration_ms.record(self._reads.clock.monotonic_ms() - delivery.since_ms)
                 yield delivery.response
+                # The generator goes on once gRPC has taken the response: until then its bytes are held here.
                 if delivery.reservation is not None:
                     delivery.reservation.release()
                 if delivery.taken is not None:

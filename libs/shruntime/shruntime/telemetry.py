@@ -89,6 +89,7 @@ class Telemetry:
         """Flushes buffered data, for at most otlp_flush_timeout_ms; safe to call if telemetry is off."""
         if not self.enabled:
             return
+        # Daemon threads: an exporter that hangs must not keep the process from ending.
         stops = [
             threading.Thread(target=stop, name="telemetry shutdown", daemon=True)
             for provider in (trace.get_tracer_provider(), metrics.get_meter_provider())

@@ -60,6 +60,7 @@ class MemoryStore:
         check_prefix(prefix)
         keys = sorted(key for key in self._objects if key.startswith(prefix))
         for key in keys[bisect_right(keys, start_after) :]:
+            # The caller may await between two keys, and delete some of them.
             if found := self._objects.get(key):
                 yield found[0]
 

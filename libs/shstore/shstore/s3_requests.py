@@ -30,6 +30,7 @@ class S3Requests:
 
     async def client(self) -> Any:
         """Returns the client, opened by the first call."""
+        # Two first requests would open two clients, and close would know one of them.
         async with self._opening:
             if self._client is None:
                 self._client = await self._resources.enter_async_context(_new_client(self._settings))
@@ -86,6 +87,7 @@ def _new_client(settings: StoreOptions) -> Any:
         connect_timeout=settings.connect_timeout_ms / 1000,
         read_timeout=settings.read_timeout_ms / 1000,
         max_pool_connections=settings.max_connections,
+        # One attempt: retries here would multiply with those of RetryingStore.
         retries={"mode": "standard", "total_max_attempts": 1},
         http_session_cls=_Http,
         signature_version="s3v4",
