@@ -37,6 +37,7 @@ NSS_WRAPPER_USER = "streamhouse"
 
 # Becomes the given program, which dies with this process. A process of its own, not code between fork and
 # exec, where Python may deadlock on a lock that another thread held.
+# The parent is looked at after prctl: one that died before sends no signal.
 _LAUNCHER = """
 import ctypes, os, signal, sys
 parent, uid, gid = map(int, sys.argv[1:4])

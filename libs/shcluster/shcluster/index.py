@@ -262,6 +262,7 @@ class ClusterIndex:
             raise IndexMismatch(f"event {position} after {self.position}")
         handler = _HANDLERS.get(type(event))
         changed: frozenset[PartitionKey] | None = frozenset()
+        # An event that concerns no reader takes its position all the same.
         if event is not None and handler is not None:
             changed = handler(self, event)
         self.position = position

@@ -218,6 +218,7 @@ def validate_new_batch(buffer: Buffer, limits: FormatLimits = DEFAULT_LIMITS) ->
     these two limits existed may exceed them, and stay readable.
     """
     header = check_one_batch(buffer, limits)
+    # Decoded, not only checked by CRC: a CRC proves what the client sent, not that it can be read (decision 0002).
     few = _timestamps_of_few(buffer, header)
     if few is None:
         check_new_timestamps(decode_checked(buffer, header, limits).timestamps_ms)
@@ -293,6 +294,7 @@ def decode_checked(buffer: Buffer, header: BatchHeader, limits: FormatLimits) ->
         records = decode_payload(payload, shape, limits)
     except FormatError as error:
         raise _in_buffer(error, header) from error
+    # Searches by time and retention trust the maximum of the header without decoding the batch.
     latest = int(largest_of(records.timestamps_ms))
     if latest != header.max_timestamp_ms:
         raise FormatError(f"latest timestamp is {latest}, the header says {header.max_timestamp_ms}", 56)

@@ -91,6 +91,7 @@ def timestamps_of_few(
     keys_at = _TABLE.size + deltas_size
     values_at = keys_at + key_lengths_size
     end = values_at + value_lengths_size
+    # Bounds the copy below: three columns with at most 10 bytes for each record.
     if end - _TABLE.size > 3 * record_count * _VARINT_BYTES_MAX:
         return None
     lengths = bytes(payload[_TABLE.size : end])

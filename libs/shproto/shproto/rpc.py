@@ -510,6 +510,7 @@ class Connection:
                             begun = self._endpoints[which].was_reached = True
                             yield response
                     finally:
+                        # Also for a caller that stops early: the service would go on sending.
                         call.cancel()
                 return
             except grpc.aio.AioRpcError as error:
@@ -555,6 +556,7 @@ class Connection:
         if winner is None:
             return first
         for slower in order[: order.index(winner)]:
+            # They lost despite their head start, so the next calls do not wait for them either.
             self._order.failed(slower, _now_ms())
             await self._endpoints[slower].close_unused()
         return winner
@@ -623,6 +625,7 @@ class Connection:
         )
         merged = type(chosen)(said, retry_after_ms=chosen.retry_after_ms, **chosen.details)
         if isinstance(merged, Unavailable):
+            # A single attempt that may have been received makes the outcome of the whole call uncertain.
             merged.maybe_done = any(getattr(failure.error, "maybe_done", True) for failure in found)
             merged.permanent = all(getattr(failure.error, "permanent", False) for failure in found)
         return merged

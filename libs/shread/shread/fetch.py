@@ -268,6 +268,7 @@ class _Fetch:
     async def _read_tail(self, partition: PartitionIndex, step: ReadTail, watch: Watch) -> bool:
         self._held_up_by = lambda: step.reason or _silent(partition, step)
         waits = not self._has_enough and not self._is_news(step.reason) and self._remaining_ms(self._deadline_ms) > 0
+        # Readers at the end share a single call to the agent; a reader further back asks for its own records.
         if waits and not self._knows_more(partition, step):
             return await self._poll_tail(partition, step, watch)
         request = ingest_pb2.ReadTailRequest(

@@ -256,6 +256,7 @@ CommonSettings.known["common"] = CommonSettings
 
 def _must_be_known(name: str, shown: str) -> None:
     names = {field for settings in CommonSettings.known.values() for field in settings.model_fields}
+    # A misspelt name would leave the default in force without a word.
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         raise SettingsError(f"unknown setting {shown}" + (f"; did you mean {near[0]}?" if near else ""))

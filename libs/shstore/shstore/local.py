@@ -136,6 +136,7 @@ class LocalStore:
             # A retry after a lost outcome takes "exists" for success: make the existing object durable, too.
             sync_directory(target.parent)
             raise ObjectExists(key) from None
+        # Durable before `put` returns, because the segment may be registered from then on.
         sync_directory(target.parent)
 
     def _make_directories(self, key: str, directory: Path) -> None:

@@ -183,6 +183,7 @@ class RetryingStore:
         backoff = self._new_backoff(action)
         while True:
             try:
+                # The deadline ends attempts that hang, not only the waits between attempts.
                 async with asyncio.timeout(backoff.remaining_s()):
                     result = await call()
             except TimeoutError:

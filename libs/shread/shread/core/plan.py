@@ -102,6 +102,7 @@ def went_back_reason(cluster: ClusterIndex, name: str, offset: int) -> str:
 def _plan(cluster: ClusterIndex, partition: PartitionIndex, offset: int) -> Step:
     if offset < partition.log_start_offset:
         return BelowStart(partition.log_start_offset)
+    # Before the ranges: a registered record is readable, whatever became of its epoch.
     segment = partition.segment_at(offset)
     if segment is not None:
         return _lost_segment(partition, segment) if segment.lost_reason else ReadSegment(segment)

@@ -35,6 +35,7 @@ def look(partition: PartitionIndex, timestamp_ms: int, from_offset: int) -> Look
     from_offset = max(from_offset, partition.log_start_offset)
     segment = partition.segment_reaching(timestamp_ms, from_offset)
     tail = _first_tail(partition, from_offset)
+    # In offset order: the unregistered end of an older epoch lies before the segments of later epochs.
     if segment is not None and (tail is None or segment.base_offset < tail.offset):
         return LookInSegment(segment)
     return tail or AtEnd()

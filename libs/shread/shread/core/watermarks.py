@@ -20,6 +20,7 @@ class Watermarks:
         """Returns the partition's high watermark, as far as known here."""
         epoch, offset = self._seen.get(partition.key, (0, 0))
         newest = partition.ranges[-1] if partition.ranges else None
+        # The end of an older epoch says nothing of the newest range, which begins beyond it.
         if newest is None or newest.end_offset is not None or newest.epoch != epoch:
             return partition.known_end
         return max(offset, partition.known_end)
