@@ -55,6 +55,7 @@ class MetadataCache:
         """Asks the coordinator anew, unless the known state is younger than `since_ms` (on the event loop's clock).
         Raises UnknownTopic (and forgets the topic), Unavailable."""
         known = self._topics.get(topic)
+        # All queues of a topic ask after a change of leader: the first answer serves them.
         if known is not None and known.fetched_ms > since_ms:
             return
         running = self._refreshing.get(topic)

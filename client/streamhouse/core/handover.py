@@ -1,7 +1,7 @@
 """Stages of a consumer's partitions: assigned, read, revoked or lost, and the next callback of the application.
 
 Owns: the stage of every partition. Does not own: the assignment, cursors, callbacks, messages to the group.
-Invariants: a partition is owned from when it is wanted until its REVOKED step is finished, so that no other member
+Invariants: a partition is owned from when it is assigned until its REVOKED step is finished, so that no other member
 begins on it before. Steps come one at a time. For each partition ASSIGNED alternates with REVOKED or LOST, and a
 partition that comes back is opened only after the step that took it away is finished.
 """

@@ -52,6 +52,7 @@ class IngestMetrics:
             meter, "streamhouse_ingest_topic_bytes_total", "batch bytes written to the log, by topic", topics_max
         )
         self.duplicates = counter("streamhouse_ingest_duplicates_total", "retries of idempotent producers recognised")
+        # From 0 for each reason: without the series the first refusal would be no increase for an alert.
         self.rejected = counter_from_start(
             meter,
             "streamhouse_ingest_rejected_total",

@@ -73,6 +73,7 @@ def open_log(settings: IngestSettings) -> OpenedLog:
         seen = directory.history()
         replayed = replay_directory(directory, settings.seal_bytes)
     except BaseException:
+        # The lock ends with the failed start: another try in this process must get it.
         directory.close()
         raise
     wal = FileWal(

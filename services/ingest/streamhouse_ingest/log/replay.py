@@ -159,6 +159,7 @@ class Replay:
     @property
     def gaps(self) -> ReplayGaps:
         """Uncertainty about the ends of the ranges in this write-ahead log."""
+        # A frame behind all damage is the proof that the end found is the true end of its log.
         certain = frozenset(key for key, log in self.logs.items() if log.hidings_before == self._hidings)
         return ReplayGaps(self._hidings > 0, self._torn, certain)
 

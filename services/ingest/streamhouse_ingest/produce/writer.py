@@ -206,6 +206,7 @@ class Writer:
             self._fail(group, log_failed())
             raise
         except BaseException:  # cancelled, or a defect: no caller may wait for ever
+            # The write may have been finished or not: only a replay knows, so that this process writes nothing more.
             self._failed = True
             self._fail(group, Unavailable("stopped while the batch was written; the outcome is unknown"))
             raise

@@ -145,6 +145,7 @@ class Sealer:
         self._queue.clear()
         self._announced.clear()
         for held in self._logs:
+            # The session settled the ranges of before: their open buffers get no more batches.
             self._logs.seal(held)
             self._logs.take_snapshots(held)
         self.announce_again([(held, buffer) for held in self._logs for buffer in held.log.sealed])
