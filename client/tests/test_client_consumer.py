@@ -598,7 +598,7 @@ async def test_unknown_topic_and_bad_arguments(platform, address):
 @pytest.mark.parametrize("group", [None, "g"])
 async def test_iterating_again_after_a_start_that_failed_or_was_cancelled(platform, address, group):
     await fill(platform, address, 10, partitions=1)
-    consumer = Consumer(address, ["t"], group=group, retry_timeout_ms=2_000)
+    consumer = Consumer(address, ["t"], group=group, retry_timeout_ms=5_000)
     platform.faults.fail("get_metadata", errors.Unavailable("no PostgreSQL"))
     with pytest.raises(errors.Unavailable):
         await anext(consumer)
@@ -658,7 +658,7 @@ async def test_a_consumer_of_given_partitions_keeps_where_the_end_was_too(platfo
 async def test_a_member_that_cannot_find_out_where_to_begin_says_so(platform, address):
     await fill(platform, address, 10, partitions=1)
     platform.faults.fail("lookup_offsets", errors.Unavailable("no leader answers"))
-    consumer = Consumer(address, ["t"], group="g", retry_timeout_ms=1_000)
+    consumer = Consumer(address, ["t"], group="g", retry_timeout_ms=3_000)
     with pytest.raises(errors.Unavailable, match="no leader answers"):
         await consumer.start()
     platform.faults.mend("lookup_offsets")
@@ -728,14 +728,14 @@ async def test_an_application_that_hangs_gives_its_partitions_to_others(platform
 
 async def test_an_application_that_waits_for_records_does_not_hang(platform, address):
     await fill(platform, address, 1, partitions=1)
-    async with Consumer(address, ["t"], group="g", max_poll_interval_ms=500) as consumer:
+    async with Consumer(address, ["t"], group="g", max_poll_interval_ms=1_000) as consumer:
         await take(consumer, 1)
         waiting = asyncio.create_task(anext(consumer))
-        await asyncio.sleep(1)
+        await asyncio.sleep(1.5)
         assert len(consumer.assignment) == 1
         await fill(platform, address, 1)
         assert (await waiting).offset == 1
-        for _ in range(20):  # for longer than the interval in all
+        for _ in range(40):  # for longer than the interval in all
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(anext(consumer), 0.02)
             await asyncio.sleep(0.02)

@@ -205,7 +205,7 @@ def test_a_consumer_whose_close_has_failed_is_closed(topic):
         from streamhouse.errors import InvalidArgument
         from streamhouse.sync.consumer import _UNCLOSED
         sync.Producer(address).send_and_wait("t", b"v")
-        consumer = sync.Consumer(address, ["t"], group="g", request_timeout_ms=200)
+        consumer = sync.Consumer(address, ["t"], group="g")
         next(iter(consumer))
         try:
             consumer.close()

@@ -188,10 +188,10 @@ def test_a_silence_after_answers_is_told_once(caplog):
 async def test_a_start_that_takes_too_long_names_the_option_the_time_and_the_last_cause(platform, address):
     await platform.create_topic("t", 2)
     platform.faults.fail("lookup_offsets", Unavailable("no leader answers"))
-    consumer = Consumer(address, ["t"], group="g", start="latest", retry_timeout_ms=1_000)
+    consumer = Consumer(address, ["t"], group="g", start="latest", retry_timeout_ms=3_000)
     with pytest.raises(Unavailable) as caught:
         await consumer.start()
-    assert caught.value.message.startswith("cannot start on t/0, t/1 within retry_timeout_ms = 1000; last error: ")
+    assert caught.value.message.startswith("cannot start on t/0, t/1 within retry_timeout_ms = 3000; last error: ")
     await consumer.close()
 
 
@@ -361,19 +361,19 @@ ADVERTISED = r"cannot connect to no-such-host\.invalid:7070: .*STREAMHOUSE_ADVER
 async def test_a_leader_out_of_reach_is_told_at_once_and_in_the_end(caplog, platform):
     await platform.create_topic("t", 1)
     platform.advertise(leader="no-such-host.invalid:7070")
-    async with Producer(platform.address, delivery_timeout_ms=1_500) as producer:
+    async with Producer(platform.address, delivery_timeout_ms=5_000) as producer:
         future = await producer.send("t", b"x")
         while not re.search(ADVERTISED, caplog.text):
             assert not future.done(), "the warning comes before the end"
             await asyncio.sleep(0.01)
-        with pytest.raises(Unavailable, match=f"delivery_timeout_ms = 1500; last error: {ADVERTISED}"):
+        with pytest.raises(Unavailable, match=f"delivery_timeout_ms = 5000; last error: {ADVERTISED}"):
             await future
 
 
 async def test_a_query_service_out_of_reach_is_told_at_once_and_in_the_end(caplog, platform):
     await platform.create_topic("t", 1)
     platform.advertise(readers=["no-such-host.invalid:7070"])
-    async with Consumer(platform.address, ["t"], start=0, retry_timeout_ms=1_500) as consumer:
+    async with Consumer(platform.address, ["t"], start=0, retry_timeout_ms=5_000) as consumer:
         reading = asyncio.create_task(anext(consumer))
         while not re.search(ADVERTISED, caplog.text):
             assert not reading.done(), "the warning comes before the end"

@@ -214,9 +214,9 @@ async def test_members_of_one_group_may_read_different_topics(platform, address)
 async def test_a_subscription_that_the_group_does_not_hear_of_is_asked_for_again(platform, address):
     for topic in ("t", "u"):
         await platform.create_topic(topic)
-    async with Consumer(address, ["t"], group="g", retry_timeout_ms=300) as consumer:
+    async with Consumer(address, ["t"], group="g", retry_timeout_ms=3_000) as consumer:
         platform.faults.fail("join_group", errors.Unavailable("no PostgreSQL"))
-        with pytest.raises(errors.Unavailable, match="retry_timeout_ms = 300"):
+        with pytest.raises(errors.Unavailable, match="retry_timeout_ms = 3000"):
             await consumer.subscribe(["u"])
         assert not consumer.assignment
         platform.faults.mend("join_group")

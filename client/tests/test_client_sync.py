@@ -339,7 +339,7 @@ def test_close_fails_all_records_that_wait_for_room_together(server):
     """delivery_timeout_ms counts from `send`: records behind a full buffer do not wait for it one after the other, an
     hour for these."""
     server.create_topic("t", 1)
-    producer = Producer(server.address, batch_bytes=200, buffer_bytes_max=200, delivery_timeout_ms=1_000)
+    producer = Producer(server.address, batch_bytes=200, buffer_bytes_max=200, delivery_timeout_ms=5_000)
     producer.send("t", b"opens the topic").result(PATIENCE_S)
     server.faults.hang("produce")
     futures = [producer.send("t", bytes(150)) for _ in range(4_000)]
@@ -355,7 +355,7 @@ def test_close_fails_all_records_that_wait_for_room_together(server):
     closer.start()
     closer.join(PATIENCE_S)
     assert not closer.is_alive()
-    assert "delivery_timeout_ms = 1000" in str(failures[0])
+    assert "delivery_timeout_ms = 5000" in str(failures[0])
     assert all(future.done() for future in futures)
     kinds = {type(future.exception(0)) for future in futures}
     assert kinds <= {errors.Unavailable, errors.Overloaded}
