@@ -694,6 +694,17 @@ async def test_a_last_commit_is_tried_again_where_that_may_help(platform, addres
     assert platform.group("g").offsets == {("t", 0): 10}
 
 
+@pytest.mark.parametrize("request_arrives", [True, False])
+async def test_a_last_commit_whose_call_is_cut_is_done_again(platform, address, request_arrives):
+    await fill(platform, address, 10, partitions=1)
+    async with Consumer(address, ["t"], group="g", auto_commit_interval_ms=3_600_000) as consumer:
+        await take(consumer, 10)
+        platform.faults.cut("commit_offsets", request_arrives=request_arrives)
+    assert platform.group("g").offsets == {("t", 0): 10}
+    first, again = platform.faults.requests["commit_offsets"]
+    assert first == again
+
+
 async def test_leaving_while_the_group_has_forgotten_what_was_done_is_an_error(platform, address):
     await fill(platform, address, 10, partitions=1)
     with pytest.raises(errors.UnknownMember, match="forgotten this consumer"):

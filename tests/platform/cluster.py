@@ -164,6 +164,13 @@ class Cluster(Platform):
         request = coordinator_pb2.DeleteRecordsRequest(topic=topic, partition=partition, before_offset=before_offset)
         await self.service.api.delete_records(request)
 
+    def forget_batches(self, topic: str, partition: int, from_offset: int) -> None:
+        """Has the agent forget who wrote the batches of its epoch from an offset on, as a leader that never had
+        them."""
+        logs = self.ingest.agent.running().logs
+        (epoch,) = {row.epoch for row in self.rows(t.RANGES) if row.partition == partition and row.status == t.OPEN}
+        logs.producers((self.topic_id(topic), partition)).forget(epoch, from_offset, 1 << 62)
+
     async def change_leader(self, topic: str) -> None:
         """Ends the sessions of all agents, as time does. A new agent goes on at the limits of their epochs, since
         nobody knows where those ended; then the others come back, and settle them. Waits until they have."""
