@@ -10,7 +10,7 @@ from streamhouse_cli.position import PositionOption
 
 
 async def fill(platform, address, count):
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         await producer.send_many("t", [b"%d" % n for n in range(count)])
 
@@ -52,11 +52,11 @@ async def test_what_could_not_be_printed_is_not_committed(platform, address, std
     stdout.broken = True
     with pytest.raises(BrokenPipeError):
         await consume._consume(address, reading(count_max), consume._json_lines)
-    assert platform.groups["g"].offsets.get(("t", 0), 0) == 0
+    assert platform.group("g").offsets.get(("t", 0), 0) == 0
     stdout.broken = False
     await consume._consume(address, reading(count_max), consume._json_lines)
     count = count_max or 10
-    assert stdout.written.count(b"\n") == platform.groups["g"].offsets["t", 0] == count
+    assert stdout.written.count(b"\n") == platform.group("g").offsets["t", 0] == count
 
 
 @pytest.mark.parametrize("follow", [False, True])
@@ -70,7 +70,7 @@ async def test_a_group_that_begins_at_the_end_keeps_where_that_was(platform, add
     await fill(platform, address, 10)
     reads = asyncio.create_task(consume._consume(address, reading(None, "latest", follow=follow), consume._json_lines))
     async with asyncio.timeout(60):
-        while platform.groups["g"].offsets != {("t", 0): 10}:
+        while platform.group("g").offsets != {("t", 0): 10}:
             await asyncio.sleep(0.01)
     if follow:
         reads.cancel()
@@ -79,4 +79,4 @@ async def test_a_group_that_begins_at_the_end_keeps_where_that_was(platform, add
         await producer.send_many("t", [b"new"] * 5)
     await consume._consume(address, reading(None, "latest"), consume._json_lines)
     assert stdout.written.count(b"new") == 5
-    assert platform.groups["g"].offsets == {("t", 0): 15}
+    assert platform.group("g").offsets == {("t", 0): 15}

@@ -75,7 +75,7 @@ def test_a_module_of_ours_that_is_missing_keeps_its_traceback() -> None:
 
 
 async def test_records_are_produced_and_consumed_without_extras(platform, address) -> None:
-    platform.add_topic("t", 2)
+    await platform.create_topic("t", 2)
     code, _, err = await run_beside(MAIN, "produce", "t", "--bootstrap", address, stdin=b"a\nb\nc\n")
     assert code == 0, err
     code, out, err = await run_beside(MAIN, "consume", "t", "--from", "earliest", "--max", "3", "--bootstrap", address)
@@ -83,7 +83,7 @@ async def test_records_are_produced_and_consumed_without_extras(platform, addres
 
 
 async def test_zstd_without_its_package_is_refused_before_anything_is_sent(platform, address) -> None:
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     arguments = ["produce", "t", "--compression", "zstd", "--bootstrap", address]
     code, _, err = await run_beside(MAIN, *arguments, stdin=b"a\n")
     assert code == 1
@@ -91,7 +91,7 @@ async def test_zstd_without_its_package_is_refused_before_anything_is_sent(platf
 
 
 async def test_records_in_zstd_end_a_consumer_that_has_no_zstd_and_say_why(platform, address) -> None:
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address, compression="zstd") as producer:
         await producer.send_and_wait("t", b"x" * 1000)
     code, out, err = await run_beside(MAIN, "consume", "t", "--from", "earliest", "--bootstrap", address)
@@ -100,7 +100,7 @@ async def test_records_in_zstd_end_a_consumer_that_has_no_zstd_and_say_why(platf
 
 
 async def test_to_arrow_without_pyarrow_names_the_extra(platform, address) -> None:
-    platform.add_topic("t", 1)
+    await platform.create_topic("t", 1)
     async with Producer(address) as producer:
         await producer.send_and_wait("t", b"a")
     code, out, err = await run_beside(READ, address)

@@ -13,8 +13,9 @@ import time
 import click
 import pytest
 from click.testing import CliRunner
-from shproto.errors import InvalidBatch
+from shproto.errors import InvalidBatch, Unavailable
 from streamhouse_cli.app import FriendlyGroup
+from streamhouse_coordinator.core.tables import TOPICS
 
 PATIENCE_S = 60
 CLI = [sys.executable, "-m", "streamhouse_cli"]
@@ -23,7 +24,7 @@ ONE_HOUR_MS = "3600000"
 
 @pytest.fixture
 def topic(server):
-    server.add_topic("t", 1)
+    server.create_topic("t", 1)
     return server
 
 
@@ -72,7 +73,7 @@ def until(condition):
 
 
 def values_in(server):
-    return [value for _, value in server.log("t", 0).records()]
+    return [value for _, value in server.records("t", 0)]
 
 
 def shell(server, line):
@@ -93,9 +94,9 @@ def test_a_signal_has_produce_write_what_it_has_read_and_count_it(topic, number,
     with Running(topic, "produce", "t", "--json") as produce:
         produce.type(b"a\nb\n")
         until(lambda: len(values_in(topic)) == 2)
-        topic.faults.answer_delay_ms = 300
+        topic.faults.delay("produce", 300)
         produce.type(b"c\nhalf a li")
-        until(lambda: topic.calls["produce"] == 2)
+        until(lambda: topic.faults.calls["produce"] == 2)
         produce.process.send_signal(number)
         exit_code, out, err = produce.ended()
     assert exit_code == code, err
@@ -106,10 +107,10 @@ def test_a_signal_has_produce_write_what_it_has_read_and_count_it(topic, number,
 
 
 def test_produce_waits_for_acknowledgements_as_long_as_it_was_told(topic):
-    topic.faults.silent = True
+    topic.faults.hang("produce")
     with Running(topic, "produce", "t", "--drain-timeout-ms", "200") as produce:
         produce.type(b"a\nb\n")
-        until(lambda: topic.calls["produce"] == 1)
+        until(lambda: topic.faults.calls["produce"] == 1)
         produce.process.send_signal(signal.SIGTERM)
         code, _, err = produce.ended()
     assert code == 143
@@ -119,10 +120,10 @@ def test_produce_waits_for_acknowledgements_as_long_as_it_was_told(topic):
 
 
 def test_a_second_signal_ends_the_waiting(topic):
-    topic.faults.silent = True
+    topic.faults.hang("produce")
     with Running(topic, "produce", "t", "--drain-timeout-ms", ONE_HOUR_MS) as produce:
         produce.type(b"a\n")
-        until(lambda: topic.calls["produce"] == 1)
+        until(lambda: topic.faults.calls["produce"] == 1)
         produce.process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
             produce.process.wait(1)
@@ -133,7 +134,7 @@ def test_a_second_signal_ends_the_waiting(topic):
 
 @pytest.mark.long
 def test_a_signal_ends_produce_while_the_buffer_is_full(topic):
-    topic.faults.silent = True
+    topic.faults.hang("produce")
     with Running(topic, "produce", "t", "--drain-timeout-ms", "200") as produce:
         descriptor, line, sent, refused = produce.process.stdin.fileno(), b"x" * (1 << 20) + b"\n", 0, 0
         os.set_blocking(descriptor, False)
@@ -154,9 +155,9 @@ def test_a_failed_delivery_counts_what_failed_and_what_did_not(topic):
     with Running(topic, "produce", "t") as produce:
         produce.type(b"a\n")
         until(lambda: len(values_in(topic)) == 1)
-        topic.faults.refuse_all = InvalidBatch("no")
+        topic.faults.fail("produce", InvalidBatch("no"))
         produce.type(b"b\nc\n")
-        until(lambda: topic.calls["produce"] == 2)
+        until(lambda: topic.faults.calls["produce"] == 2)
         produce.process.stdin.close()
         code, _, err = produce.ended()
     assert (code, err) == (1, "error: no (INVALID_BATCH); 2 records failed, 1 was acknowledged\n")
@@ -164,9 +165,9 @@ def test_a_failed_delivery_counts_what_failed_and_what_did_not(topic):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_other_commands_end_on_a_signal_without_a_word(topic, number, code):
-    topic.faults.metadata_down = True  # so that it waits
+    topic.faults.fail("get_metadata", Unavailable("down"))  # so that it waits
     with Running(topic, "consume", "t", "--follow", "--retry-timeout-ms", ONE_HOUR_MS) as consume:
-        until(lambda: topic.calls["get_metadata"] > 0)
+        until(lambda: topic.faults.calls["get_metadata"] > 0)
         consume.process.send_signal(number)
         exit_code, out, err = consume.ended()
     assert (exit_code, out) == (code, b"")
@@ -226,10 +227,10 @@ def test_a_third_signal_ends_a_produce_that_does_not_come_to_its_end(topic):
             await asyncio.Event().wait()
 
         Producer.shut_down = hang\n"""
-    topic.faults.silent = True
+    topic.faults.hang("produce")
     with Running(topic, "produce", "t", "--drain-timeout-ms", ONE_HOUR_MS, script=script) as produce:
         produce.type(b"a\n")
-        until(lambda: topic.calls["produce"] == 1)
+        until(lambda: topic.faults.calls["produce"] == 1)
         for number in (signal.SIGINT, signal.SIGTERM):
             produce.process.send_signal(number)
             until(lambda number=number: not is_pending(produce.process.pid, number))
@@ -239,10 +240,10 @@ def test_a_third_signal_ends_a_produce_that_does_not_come_to_its_end(topic):
 
 
 def test_a_hangup_that_a_shell_passes_on_as_well_is_no_second_signal(topic):
-    topic.faults.answer_delay_ms = 1_000
+    topic.faults.delay("produce", 1_000)
     with Running(topic, "produce", "t") as produce:
         produce.type(b"a\n")
-        until(lambda: topic.calls["produce"] == 1)
+        until(lambda: topic.faults.calls["produce"] == 1)
         produce.process.send_signal(signal.SIGHUP)
         until(lambda: not is_pending(produce.process.pid, signal.SIGHUP))
         produce.process.send_signal(signal.SIGHUP)
@@ -260,7 +261,7 @@ def is_pending(pid, number):
 def test_nohup_is_respected(topic, arguments):
     with Running(topic, *arguments, before=["nohup"]) as command:
         command.type(b"a\n")
-        until(lambda: topic.calls["produce" if arguments[0] == "produce" else "subscribe"] == 1)
+        until(lambda: topic.faults.calls["produce" if arguments[0] == "produce" else "subscribe"] == 1)
         command.process.send_signal(signal.SIGHUP)
         command.process.send_signal(signal.SIGTERM)
         code, _, err = command.ended()
@@ -268,14 +269,14 @@ def test_nohup_is_respected(topic, arguments):
 
 
 def test_lines_typed_on_a_terminal_that_hangs_up_are_written(topic):
-    topic.faults.answer_delay_ms = 300
+    topic.faults.delay("produce", 300)
     main, terminal = os.openpty()
     command = ["setsid", "--ctty", *CLI, "produce", "t"]
     process = subprocess.Popen(command, env=environ(topic), stdin=terminal, stdout=terminal, stderr=terminal)
     os.close(terminal)
     try:
         os.write(main, b"typed\n")
-        until(lambda: topic.calls["produce"] == 1)
+        until(lambda: topic.faults.calls["produce"] == 1)
         os.close(main)
         assert process.wait(PATIENCE_S) == 129
     finally:
@@ -310,7 +311,7 @@ def test_sigterm_ends_a_command_that_is_process_1(topic, arguments, said):
             command.type(b"a\n")
             until(lambda: len(values_in(topic)) == 1)
         elif arguments[0] == "consume":
-            until(lambda: topic.calls["subscribe"] > 0)
+            until(lambda: topic.faults.calls["subscribe"] > 0)
         else:
             assert command.process.stderr.read(13) == b"no answer yet"
         (child,) = children_of(command.process.pid)
@@ -356,7 +357,7 @@ def test_a_reader_that_has_gone_is_no_error(topic, command):
 )
 def test_what_prints_needs_a_stdout(topic, command):
     assert shell(topic, f"echo v | $CLI {command} >&-") == (1, b"", "error: stdout is closed\n")
-    assert set(topic.topics) == {"t"} and values_in(topic) == []
+    assert {row.topic for row in topic.rows(TOPICS)} == {"t"} and values_in(topic) == []
 
 
 @pytest.mark.parametrize(
@@ -393,7 +394,7 @@ def test_where_nobody_can_be_asked_nothing_is_deleted(topic):
     said = "error: stdin is closed, so nobody can be asked; --yes is for scripts\n"
     assert shell(topic, "$CLI topic delete t <&-") == (1, b"", said)
     assert shell(topic, "$CLI topic delete t 2>&-")[:2] == (1, b"")
-    assert set(topic.topics) == {"t"}
+    assert {row.topic for row in topic.rows(TOPICS)} == {"t"}
 
 
 def test_files_and_connections_never_get_the_numbers_of_standard_streams(tmp_path):

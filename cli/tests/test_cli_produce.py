@@ -15,8 +15,8 @@ from cli.tests.test_cli_process import shell
 
 @pytest.fixture
 def topic(server):
-    server.add_topic("t", 2)
-    server.add_topic("u", 2)
+    server.create_topic("t", 2)
+    server.create_topic("u", 2)
     return server
 
 
@@ -38,9 +38,9 @@ def produce(topic, tmp_path):
 def rows(server, name="t"):
     """(partition, timestamp_ms, key, value, headers) of every record, by partition and offset."""
     found = []
-    for number in range(server.topics[name].partitions):
-        for batch in server.log(name, number).batches:
-            columns = decode_batch(batch.data)
+    for number in range(server.partitions(name)):
+        for batch in server.batches(name, number):
+            columns = decode_batch(batch)
             headers = [()] * len(columns) if columns.headers is None else columns.headers.to_list()
             found += [
                 (number, timestamp_ms, key, value, tuple(pairs))
@@ -70,7 +70,7 @@ def json_lines(*records):
 def test_batches_are_compressed_as_asked(topic, produce, compression):
     lines = [b"line %d of many that are alike" % number for number in range(500)]
     produce(b"\n".join(lines), "--compression", compression)
-    batches = [batch.data for number in range(2) for batch in topic.log("t", number).batches]
+    batches = [batch for number in range(2) for batch in topic.batches("t", number)]
     assert {read_batch_header(batch).codec for batch in batches} == {Codec[compression.upper()]}
     assert [value for *_, value, _ in rows(topic)] == lines
     code, shown, error = shell(topic, "$CLI consume t --from earliest")
@@ -102,7 +102,7 @@ def test_records_for_a_partition_that_is_not_there_name_their_line(topic, produc
 
 
 def test_records_that_name_no_partition_keep_their_place_among_those_that_do(topic, produce):
-    topic.add_topic("one", 1)
+    topic.create_topic("one", 1)
     records = [{"partition": 0, "value": str(at)} if at % 3 else {"value": str(at)} for at in range(100)]
     produce(json_lines(*records), "--format", "json", name="one")
     assert [row[3] for row in rows(topic, "one")] == [b"%d" % at for at in range(100)]
@@ -190,7 +190,7 @@ def test_json_is_no_other_format(topic):
 
 
 def test_raw_values_come_byte_for_byte_with_the_delimiter_behind_each(topic, produce):
-    topic.add_topic("one", 1)
+    topic.create_topic("one", 1)
     produce(json_lines({"value_base64": "//5h"}, {"value": "b\nc"}, {"value": None}), "--format", "json", name="one")
     consume = "$CLI consume one --format raw"
     assert shell(topic, consume) == (0, b"\xff\xfea\nb\nc\n\n", "")
