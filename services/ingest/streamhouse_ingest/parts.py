@@ -80,7 +80,7 @@ def assemble(context: AgentContext, opened: OpenedLog, logs: Logs, address: str)
         clock=context.clock,
         session=current,
         lease=Lease(settings.lease_margin_ms),
-        history=History(opened.seen, files),
+        history=History(opened.seen, files, tasks),
         metrics=context.metrics,
         backoff=context.backoff,
     )

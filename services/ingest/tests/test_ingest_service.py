@@ -840,7 +840,8 @@ async def test_a_log_that_is_full_for_less_than_the_grace_period_keeps_its_leade
 
 
 async def test_heartbeats_do_not_wait_for_a_disk_that_hangs(tmp_path: Path):
-    """On a full one, while it is asked for room: the lease ended, though the coordinator could be reached."""
+    """On a full one, while it is asked for room, and has a new position to save: the lease ended, though the
+    coordinator could be reached."""
     async with new_world(heartbeat_ms=10) as world:
         await world.create_topic("orders", 2)
         async with running(tmp_path, world.coordinator, wal_full_grace_ms=0, wal_file_bytes=64 * 1024) as service:
@@ -849,6 +850,8 @@ async def test_heartbeats_do_not_wait_for_a_disk_that_hangs(tmp_path: Path):
                 with pytest.raises(errors.DiskFull):
                     await service.api.produce(request(os.urandom(45_000)))
                 await eventually(held.reached.is_set)
+                await world.create_topic("other")
+                await eventually(lambda: service.agent.running().session._history.seen.position == world.position)
                 await beats(world)
             await service.api.produce(request(b"b"))
 

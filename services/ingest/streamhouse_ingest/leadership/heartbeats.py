@@ -1,7 +1,8 @@
 """Renews the session's lease, requests more offsets for ranges that run low, and reports a full log.
 
 Owns: the interval and TTL of the session, the last report of a full log. Does not own: the lease, the ranges.
-Invariants: the lease counts from before a heartbeat was sent. A full log is reported only when that changes.
+Invariants: the lease counts from before a heartbeat was sent. No heartbeat waits for the log's thread, which may hang
+on the disk. A full log is reported only when that changes.
 """
 
 import asyncio
@@ -84,12 +85,12 @@ class Heartbeats:
             raise
         context.lease.renew(sent_ms, response.ttl_ms)
         self._reported_full = full  # not before the answer, so that a report that was lost is repeated
-        # With each heartbeat: a restart then knows metadata that was restored to an earlier state.
-        await context.history.save()
         for grant in response.extended:
             self._ranges.extend(RangeKey(grant.topic_id, grant.partition, grant.epoch), grant.limit_offset)
         self._grants.check_version(response.grants_version, context.session.position)
-        # Not awaited: a disk that hangs would hold up the next heartbeat, and so end the lease.
+        # Neither is awaited: a disk that hangs would hold up the next heartbeat, and so end the lease. The position is
+        # saved with each heartbeat, so that a restart recognises metadata that was restored to an earlier state.
+        context.history.save_later()
         self._space.check()  # for the next beat
 
 

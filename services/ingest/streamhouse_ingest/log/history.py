@@ -6,7 +6,10 @@ Invariants: within a session the position never goes back. The saved position le
 was restored to an earlier state, before records are dropped or offsets are given out again.
 """
 
+import asyncio
 import logging
+
+from shruntime.tasks import Tasks
 
 from streamhouse_ingest.ports import SCARCE, LogFiles, Seen
 
@@ -14,11 +17,14 @@ log = logging.getLogger(__name__)
 
 
 class History:
-    """The metadata history as seen by the session; saved in the log's own thread."""
+    """The metadata history as seen by the session; saved in the log's own thread. `tasks` owns the task of a save that
+    nothing waits for."""
 
-    def __init__(self, seen: Seen, files: LogFiles) -> None:
+    def __init__(self, seen: Seen, files: LogFiles, tasks: Tasks) -> None:
         self.seen = self._saved = seen
         self._files = files
+        self._tasks = tasks
+        self._saving: asyncio.Task[None] | None = None
 
     def opened(self, history_id: str, position: int) -> None:
         """Sets the history and the position at which a session was opened."""
@@ -28,6 +34,15 @@ class History:
         """Advances the current position to `position`; a lower position changes nothing. `save` makes it durable."""
         self.seen = Seen(self.seen.history_id, max(self.seen.position, position))
 
+    def save_later(self) -> None:
+        """Starts a save if the position has changed, unless a started save still runs; an OSError fails `tasks`."""
+        if self._is_unsaved and (self._saving is None or self._saving.done()):
+            self._saving = self._tasks.spawn("save of the metadata position", self.save())
+
+    @property
+    def _is_unsaved(self) -> bool:
+        return self.seen != self._saved and bool(self.seen.history_id)
+
     async def save(self) -> None:
         """Saves the position durably if it has changed. Raises OSError.
 
@@ -35,9 +50,9 @@ class History:
         the agent runs, sends heartbeats and serves its log to segmenters. Until then the position saved before still
         detects a rollback to a state before that position.
         """
-        seen = self.seen
-        if seen == self._saved or not seen.history_id:
+        if not self._is_unsaved:
             return
+        seen = self.seen
         try:
             await self._files.run(self._files.wal.note_history, seen)
         except OSError as error:
