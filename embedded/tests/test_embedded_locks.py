@@ -15,15 +15,19 @@ from typing import Any
 import pytest
 from shread.adapters import disk_cache
 from shread.adapters.disk_cache import DiskCache
+from shread.chunk_reader import ChunkId
 from shread.counters import Counters
 from shstore.local_files import DirectoryLock
 from streamhouse_embedded import postgres as postgres_module
 from streamhouse_embedded.data_dir import DataDir
 from streamhouse_embedded.postgres import EmbeddedPostgres, PostgresError
 from streamhouse_ingest.adapters import wal_directory
+from streamhouse_ingest.adapters.wal import FileWal
 from streamhouse_ingest.adapters.wal_directory import WalDirectory
 from streamhouse_ingest.settings import IngestSettings
 from streamhouse_ingest.wiring import build
+
+from tests.platform.platform import Platform
 
 
 @pytest.fixture
@@ -107,11 +111,13 @@ class Gate:
     async def cancel_within(self, task: asyncio.Task[Any]) -> None:
         """Cancels the task twice while its thread is held up; the task ends after its thread."""
         await self.entered.wait()
-        for _ in range(2):
-            task.cancel()
-            await turns()
-            assert not task.done(), "its thread still runs"
-        self.open.set()
+        try:
+            for _ in range(2):
+                task.cancel()
+                await turns()
+                assert not task.done(), "its thread still runs"
+        finally:
+            self.open.set()
         with pytest.raises(asyncio.CancelledError):
             await task
 
@@ -151,6 +157,46 @@ async def test_an_agent_whose_start_is_cancelled_holds_no_lock(tmp_path: Path, m
     monkeypatch.undo()
     with contextlib.closing(WalDirectory.open(tmp_path, "agent")):
         assert agent.tasks.error is None
+
+
+@pytest.mark.parametrize("call", ["note_history", "mark_used"])
+async def test_a_log_is_unlocked_behind_the_last_write_of_a_cancelled_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Another agent got the lock while the thread of the first still wrote."""
+    gate = Gate(getattr(FileWal, call))
+    monkeypatch.setattr(FileWal, call, lambda *arguments: gate(*arguments))
+    agent = build(IngestSettings.load({}, wal_dir=str(tmp_path), agent_id="agent"), Platform().service.api)
+    await gate.cancel_within(asyncio.create_task(agent.start("127.0.0.1:1")))
+    monkeypatch.undo()
+    with contextlib.closing(WalDirectory.open(tmp_path, "agent")):
+        assert agent.tasks.error is None
+
+
+async def test_a_log_is_unlocked_behind_the_last_write_of_a_cancelled_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = build(IngestSettings.load({}, wal_dir=str(tmp_path), agent_id="agent"), Platform().service.api)
+    await agent.start("127.0.0.1:1")
+    gate = Gate(FileWal.close)
+    monkeypatch.setattr(FileWal, "close", lambda *arguments: gate(*arguments))
+    await gate.cancel_within(asyncio.create_task(agent.stop()))
+    monkeypatch.undo()
+    with contextlib.closing(WalDirectory.open(tmp_path, "agent")):
+        assert agent.tasks.error is None
+
+
+@pytest.mark.parametrize("call", ["_write", "_unlink"])
+async def test_a_cancelled_write_to_a_cache_ends_after_its_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """The owner unlocks the directory once its downloads have ended, and another process takes it."""
+    with contextlib.closing(cache(tmp_path)) as disk:
+        await disk.open()
+        gate = Gate(getattr(DiskCache, call))
+        monkeypatch.setattr(DiskCache, call, lambda *arguments: gate(*arguments))
+        chunk = ChunkId("object", 0)
+        await gate.cancel_within(asyncio.create_task(disk.write(chunk, b"v") if call == "_write" else disk.drop(chunk)))
 
 
 class NoCoordinator:

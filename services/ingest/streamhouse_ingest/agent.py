@@ -1,10 +1,12 @@
 """Life of the agent: open and replay the log, open the session, serve, drain, stop.
 
 Owns: the log's thread, the background tasks, the parts of the running agent. Does not own: the rules of the parts.
-Invariants: nothing is served before the log is replayed and a session is open; the log is unlocked last.
+Invariants: nothing is served before the log is replayed and a session is open; the log is unlocked last, by the thread
+that writes to it.
 """
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Iterable
@@ -91,14 +93,14 @@ class Agent:
             if opened.replay.gaps:
                 await self._mark_settled(opened)
         except BaseException:
-            try:
-                if running is not None:
-                    await running.session.close()  # otherwise the id stays taken until the session expires
-            finally:
-                await self.tasks.stop()
+            async with contextlib.AsyncExitStack() as undo:  # the last comes first, and each although another fails
+                undo.callback(self._thread.shutdown, wait=False)
                 if opening.done() and not opening.cancelled() and opening.exception() is None:
-                    opening.result().unlock()
-                self._thread.shutdown(wait=False)
+                    undo.push_async_callback(self._unlock, opening.result())
+                undo.push_async_callback(self.tasks.stop)
+                if running is not None:
+                    # Otherwise the id stays taken until the session expires.
+                    undo.push_async_callback(running.session.close)
             raise
         self._following = self.tasks.spawn("session", running.session.run())
         self._running = running
@@ -222,8 +224,15 @@ class Agent:
             # Now that no file is active: a log without unregistered records ends without files.
             await running.trimmer.trim()
         finally:
-            running.opened.unlock()
-            self._thread.shutdown()
+            try:
+                await self._unlock(running.opened)
+            finally:
+                self._thread.shutdown()
+
+    async def _unlock(self, opened: OpenedLog) -> None:
+        """Unlocks the log in its own thread, and so behind every write of a task that was cancelled: another process
+        that gets the lock is the only one that writes. A cancellation of the caller is raised afterwards."""
+        await until_done(asyncio.get_running_loop().run_in_executor(self._thread, opened.unlock))
 
     # ---- describe
 

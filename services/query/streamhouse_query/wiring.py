@@ -85,7 +85,7 @@ class QueryService:
         await self.tasks.stop()
         # After the tasks: a heartbeat would find the session closed and open another.
         await self._session.close()
-        # Caches last: downloads, which are tasks, write to them until they have ended.
+        # Caches last: downloads, which are tasks, write to them, and end once their threads have.
         if self._redis is not None:
             await self._redis.close()
         self._disk.close()

@@ -135,19 +135,19 @@ class DiskCache:
         if name in gone:
             return
         try:
-            await asyncio.to_thread(self._write, name, content, gone)
+            await run_to_end(self._write, name, content, gone)
         except OSError as error:
             self._limit.drop(name)
             self._counters.cache_write_errors += 1
             self._complain(error)
         if name not in self._limit:  # evicted while it was being written
-            await asyncio.to_thread(self._unlink, [name])
+            await run_to_end(self._unlink, [name])
 
     async def drop(self, chunk: ChunkId) -> None:
         """Forgets a chunk, e.g. a damaged one."""
         name = _name_of(chunk)
         self._limit.drop(name)
-        await asyncio.to_thread(self._unlink, [name])
+        await run_to_end(self._unlink, [name])
 
     def _write(self, name: str, content: bytes, gone: Sequence[str]) -> None:
         self._unlink(gone)
