@@ -61,16 +61,19 @@ class DataDir:
                 f"data directory {self.path} is already served by process {holder}; "
                 "stop that one first, or choose another directory with --data-dir"
             ) from error
+        except OSError as error:  # a file system without locks
+            os.close(lock)
+            raise self._unusable(error) from error
         self._lock = lock
-        pid = str(os.getpid()).encode()
         try:
+            pid = str(os.getpid()).encode()
             # Over the old file first: truncating would free the block, and a full disk has no other.
             os.pwrite(lock, pid, 0)
+            os.truncate(lock, len(pid))
+            self._close_to_others()
         except OSError as error:
             self.unlock()
             raise self._unusable(error) from error
-        os.truncate(lock, len(pid))
-        self._close_to_others()
 
     def _unusable(self, error: OSError) -> DataDirError:
         text = f"data directory {self.path} cannot be used: {error.strerror}"

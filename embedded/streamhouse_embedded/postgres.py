@@ -222,6 +222,9 @@ class EmbeddedPostgres:
         except BlockingIOError:
             os.close(lock)
             raise PostgresError(f"PostgreSQL in {self.data_dir} is in use by another process") from None
+        except OSError as exc:  # a file system without locks
+            os.close(lock)
+            raise PostgresError(f"cannot use {self.data_dir}: {exc.strerror}") from exc
         self._lock = lock
 
     def _release_lock(self) -> None:

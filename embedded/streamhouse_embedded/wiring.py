@@ -113,8 +113,8 @@ class EmbeddedPlatform:
         await self._stack.aclose()
 
     async def _start(self) -> Ready:
-        self._data_dir.lock()
         self._stack.callback(self._data_dir.unlock)
+        self._data_dir.lock()
         services = self._services
         await check_listen(self._settings.listen)  # before a first start takes its time for the database
         log_memory_limits(self._settings, services.ingest, services.segmenter, services.query)

@@ -1,11 +1,14 @@
 """The data directory: one process at a time, and nobody else's to read."""
 
+import errno
 import os
 import stat
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from streamhouse_embedded.data_dir import DataDir, DataDirError
+from streamhouse_embedded.postgres import EmbeddedPostgres, PostgresError
 
 
 def mode_of(path: Path) -> int:
@@ -67,3 +70,34 @@ def test_the_second_process_is_told_which_one_has_it(tmp_path: Path) -> None:
         DataDir(tmp_path).lock()
     first.unlock()
     take(tmp_path)
+
+
+def refuse(*arguments: object) -> NoReturn:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("call", ["os.pwrite", "os.truncate", "pathlib.Path.chmod"])
+def test_a_directory_that_cannot_be_prepared_is_not_left_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """The next try in the same process was told that this process serves the directory."""
+    open_to_all(tmp_path)
+    monkeypatch.setattr(call, refuse)
+    with pytest.raises(DataDirError, match="cannot be used: Input/output error"):
+        DataDir(tmp_path).lock()
+    monkeypatch.undo()
+    take(tmp_path)
+
+
+def open_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_a_directory_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", refuse)
+    open_before = open_descriptors()
+    with pytest.raises(DataDirError, match="cannot be used: Input/output error"):
+        DataDir(tmp_path).lock()
+    with pytest.raises(PostgresError, match=r"cannot use .*: Input/output error"):
+        EmbeddedPostgres(tmp_path / "postgres")._acquire_lock()
+    assert open_descriptors() == open_before
