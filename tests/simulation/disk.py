@@ -32,6 +32,8 @@ class SimFile:
     durable: bytes = b""
     writes: list[tuple[int, bytes | None]] = field(default_factory=list)
     locked_by: Process | None = None
+    lock_fd: int = -1
+    """Descriptor whose flock this is: no other releases it."""
 
     def write(self, at: int, data: bytes) -> None:
         _apply(self.data, at, data)

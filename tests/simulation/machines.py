@@ -112,8 +112,8 @@ class Machines:
 
     def close(self, fd: int) -> None:
         opened = self._open.pop(fd)
-        if opened.file is not None and opened.file.locked_by is not None:
-            opened.file.locked_by = None
+        if opened.file is not None:
+            _unlock(opened.file, fd)
 
     def _file(self, fd: int) -> tuple[SimDisk, SimFile]:
         opened = self._open[fd]
@@ -186,12 +186,16 @@ class Machines:
     def flock(self, fd: int, operation: int) -> None:
         _, file = self._file(fd)
         if operation == FcntlModule.LOCK_UN:
-            file.locked_by = None
+            _unlock(file, fd)
             return
-        process = PROCESS.get()
         if file.locked_by is not None and file.locked_by.alive:
             raise BlockingIOError(errno.EWOULDBLOCK, "locked")
-        file.locked_by = process
+        file.locked_by, file.lock_fd = PROCESS.get(), fd
+
+
+def _unlock(file: SimFile, fd: int) -> None:
+    if file.lock_fd == fd:
+        file.locked_by, file.lock_fd = None, -1
 
 
 class _Mapped(bytes):
