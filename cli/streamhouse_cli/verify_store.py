@@ -194,20 +194,20 @@ class Verifier:
             request = coordinator_pb2.BeginDeletionRequest(
                 object_keys=list(page), grace_ms=self._grace_ms, confirm_ms=0, dry_run=True
             )
-            for said in (await self._coordinator.begin_deletion(request)).objects:
-                self._judge_unknown(said, *page[said.object_key])
+            for deletion in (await self._coordinator.begin_deletion(request)).objects:
+                self._judge_unknown(deletion, *page[deletion.object_key])
 
-    def _judge_unknown(self, said: coordinator_pb2.ObjectDeletion, size_bytes: int, age_ms: int) -> None:
-        if said.verdict == coordinator_pb2.DELETION_VERDICT_REFERENCED:
+    def _judge_unknown(self, deletion: coordinator_pb2.ObjectDeletion, size_bytes: int, age_ms: int) -> None:
+        if deletion.verdict == coordinator_pb2.DELETION_VERDICT_REFERENCED:
             return  # registered since
         # A sweep has seen it: it is deleted later without help, so it is no finding.
-        if said.noticed_ms:
+        if deletion.noticed_ms:
             self._report.waiting_objects += 1
-        elif said.verdict == coordinator_pb2.DELETION_VERDICT_DECLARED or age_ms < self._grace_ms:
+        elif deletion.verdict == coordinator_pb2.DELETION_VERDICT_DECLARED or age_ms < self._grace_ms:
             self._report.young_objects += 1
         else:
             what = f"{size_bytes} bytes, {age_ms // 1000} s old, and no segment lies in it"
-            self._report.findings.append(Finding(kind="unregistered", what=what, object_key=said.object_key))
+            self._report.findings.append(Finding(kind="unregistered", what=what, object_key=deletion.object_key))
 
     async def _unknown_pages(
         self, partitions: Sequence[_Partition], registered: set[str]

@@ -39,7 +39,7 @@ def metadata_of(batch: ProducerBatch, index: int, timestamp_ms: int) -> RecordMe
     return RecordMetadata(batch.topic, batch.partition, offset, timestamp_ms)
 
 
-class _BatchFuture(asyncio.Future[T]):
+class _DeliveryFuture(asyncio.Future[T]):
     """An asyncio future that follows batches only once a task waits for it.
 
     Most futures of `send` are dropped at once. If each were kept and settled with its batch, a full buffer of small
@@ -134,7 +134,7 @@ class _BatchFuture(asyncio.Future[T]):
 
 
 @explains_kafka_methods("SendFuture")
-class SendFuture(_BatchFuture[RecordMetadata]):
+class SendFuture(_DeliveryFuture[RecordMetadata]):
     """Outcome of a `send`: an asyncio future, for `await`, `asyncio.wait`, `gather`, `wait_for` and callbacks."""
 
     __slots__ = ("_batch", "_index", "_timestamp_ms")
@@ -222,7 +222,7 @@ class PlacedRecords:
 
 
 @explains_kafka_methods("SendFuture")
-class SendResult(_BatchFuture[SentRecords]):
+class SendResult(_DeliveryFuture[SentRecords]):
     """Outcome of a `send_many`: an asyncio future of `SentRecords`. Done once all batches are; fails with the error of
     the first batch that failed."""
 

@@ -27,7 +27,7 @@ class ClientNode(Node):
         self.history = history
         self.rng = rng
         self._numbers = count(1)
-        self._told: Process | None = None
+        self._stopping_process: Process | None = None
         self._skips_think_time = False
 
     def make(self) -> Application:
@@ -49,8 +49,8 @@ class ClientNode(Node):
 
     def stop(self) -> None:
         """Once: whoever interrupts it while it closes has to live with what is left open."""
-        if self.service is not None and self._told is not self.process:
-            self._told = self.process
+        if self.service is not None and self._stopping_process is not self.process:
+            self._stopping_process = self.process
             super().stop()
 
     def skip_think_time(self) -> None:

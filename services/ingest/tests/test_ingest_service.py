@@ -1573,10 +1573,6 @@ SMALL_MEMORY = {"memory_bytes_max": 1 << 20, "tail_cache_bytes": 0, "durable_lin
 """What is not sealed at once leaves memory when some 20 batches of 50 kB are there."""
 
 
-def offsets_and_values(records: Records) -> list[tuple[int, bytes | None]]:
-    return list(zip(records.offsets.tolist(), records.values.to_list(), strict=True))
-
-
 def flip_in(path: Path, value: bytes) -> None:
     """A bit of what a record holds."""
     flip_bit(path, path.read_bytes().index(value) + len(value) // 2)
