@@ -53,7 +53,7 @@ Render = Callable[["RecordBatch"], bytes]
 @click.option("--group", help="Consumer group: share the partitions, go on where it stopped, commit.")
 @click.option("--follow", is_flag=True, help="Go on at the end. Default: stop at the end as known at the start.")
 @click.option("--max", "count_max", type=Number(min=1), metavar="N", help="Stop after N records.")
-@click.option("--skip-lost", is_flag=True, help="Go on behind records that are damaged or were given up.")
+@click.option("--skip-lost", is_flag=True, help="Go on behind records that are damaged or declared lost.")
 @click.option("--format", "shape", type=click.Choice(["text", "json", "raw"]), help="[default: text]")
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 @click.option(

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from streamhouse.records import TopicPartition
 
 
-@click.group(short_help="Look at consumer groups, move and delete them.")
+@click.group(short_help="Show, move and delete consumer groups.")
 def group() -> None:
-    """Look at consumer groups, move and delete them."""
+    """Show, move and delete consumer groups."""
 
 
 @group.command("list")
@@ -135,7 +135,7 @@ def _print_description(described: GroupDescription) -> None:
         (
             position.topic,
             position.partition,
-            position.member_id or "nobody",
+            position.member_id or "none",
             "none" if position.offset is None else position.offset,
             position.log_start_offset,
             "?" if position.end_offset is None else position.end_offset,

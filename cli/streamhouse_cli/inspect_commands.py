@@ -20,9 +20,9 @@ ROWS_MAX = 40
 all_option = click.option("--all", "show_all", is_flag=True, help=f"Show every row, not the first {ROWS_MAX}.")
 
 
-@click.group(short_help="Look into segments.")
+@click.group(short_help="Show the contents of segments.")
 def segment() -> None:
-    """Look into segments."""
+    """Show the contents of segments."""
 
 
 @segment.command("inspect", short_help="Show blocks and damage of a segment.")
@@ -71,9 +71,9 @@ def _from_store(key: str, store_dir: str | None, config: str | None) -> dict[str
     return run(call)
 
 
-@click.group(short_help="Look into write-ahead logs.")
+@click.group(short_help="Show the contents of write-ahead logs.")
 def wal() -> None:
-    """Look into write-ahead logs."""
+    """Show the contents of write-ahead logs."""
 
 
 @wal.command("inspect", short_help="Show frames and damage of a write-ahead log.")

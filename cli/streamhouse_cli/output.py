@@ -47,7 +47,7 @@ def confirm(question: str) -> None:
     """Asks on stderr. Raises CliError unless the answer is yes, KeyboardInterrupt."""
     if sys.stdin is None or sys.stderr is None:
         closed = "stdin" if sys.stdin is None else "stderr"
-        raise CliError(f"{closed} is closed, so nobody can be asked; --yes is for scripts")
+        raise CliError(f"{closed} is closed, so there is no terminal to ask; --yes is for scripts")
     try:
         confirmed = click.confirm(question, err=True)
     except click.Abort as error:

@@ -1,4 +1,4 @@
-"""streamhouse partition settle: gives up records that only a lost agent has."""
+"""streamhouse partition settle: declares lost the records that only an agent that is gone has."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def partition() -> None:
     """Settle ranges that readers of a partition wait for."""
 
 
-@partition.command(short_help="Give up what only an agent that is gone has.")
+@partition.command(short_help="Declare lost what only an agent that is gone has.")
 @click.argument("topic")
 @click.argument("number", metavar="PARTITION", type=Number(min=0))
 @click.option("--lost", is_flag=True, required=True, help="Declare lost what only an agent that is gone has.")
@@ -34,7 +34,7 @@ def partition() -> None:
 def settle(
     topic: str, number: int, lost: bool, epochs: tuple[int, ...], reason: str, yes: bool, as_json: bool, bootstrap: str
 ) -> None:
-    """Give up the unregistered records of TOPIC's PARTITION whose agent is gone, so that readers can go on.
+    """Declare lost the unregistered records of TOPIC's PARTITION whose agent is gone, so that readers can go on.
 
     For good: if the agent comes back, its records are kept out. Bring the agent back with its log first if that is
     possible; nothing is lost then. Readers get DATA_LOSS at the gap, with the offset where records go on; consumers
@@ -45,11 +45,11 @@ def settle(
     ranges = [owned for owned in orphaned if not epochs or owned.epoch in epochs]
     if not ranges:
         which = f" of epoch {', '.join(map(str, epochs))}" if epochs else ""
-        raise CliError(f"{topic}/{number} has no orphaned range{which}: there is nothing to give up")
+        raise CliError(f"{topic}/{number} has no orphaned range{which}: there is nothing to declare lost")
     if not (yes and as_json):
         _print_ranges(topic, number, ranges)
     if not yes:
-        confirm("Give up these records for good?")
+        confirm("Declare these records lost for good?")
     asked = [owned.epoch for owned in ranges]
     done = ask(bootstrap, lambda admin: admin.declare_lost(topic, number, asked, reason))
     if as_json:
@@ -60,7 +60,7 @@ def settle(
 
 
 def _print_ranges(topic: str, number: int, ranges: list[OffsetRange]) -> None:
-    """Prints the ranges that will be given up to stderr, as part of the question."""
+    """Prints the ranges that will be declared lost to stderr, as part of the question."""
     now_ms = time.time_ns() // 1_000_000
     rows = [
         (
@@ -74,7 +74,7 @@ def _print_ranges(topic: str, number: int, ranges: list[OffsetRange]) -> None:
         for owned in ranges
     ]
     columns = ["epoch#", "agent", "registered up to#", "range ends at#", "orphaned since", "ago#"]
-    print_table(f"given up in {topic}/{number}", columns, rows, err=True)
+    print_table(f"declared lost in {topic}/{number}", columns, rows, err=True)
     click.echo(
         "Every record from `registered up to` on that the agent acknowledged and did not upload; how many it has, "
         "only its write-ahead log knows.",
@@ -89,4 +89,4 @@ def _print_outcome(owned: OffsetRange) -> None:
             f"records go on at {owned.end_offset:,} or behind"
         )
     else:
-        click.echo(f"epoch {owned.epoch}: {owned.status} meanwhile; nothing of it was given up")
+        click.echo(f"epoch {owned.epoch}: {owned.status} meanwhile; nothing of it was declared lost")

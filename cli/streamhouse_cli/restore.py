@@ -32,7 +32,9 @@ ROWS_MAX = 100
 @click.option("--dry-run", is_flag=True, help="Only say what would come back; the database stays empty.")
 @click.option("--accept-holes", is_flag=True, help="Also take segments behind holes; the holes count as lost.")
 @click.option("--complete", is_flag=True, help="All agents are back: let readers pass what is left of a restore.")
-@click.option("--lost", is_flag=True, help="With --complete: some are not; readers are told that records may be lost.")
+@click.option(
+    "--lost", is_flag=True, help="With --complete: some are not; readers get DATA_LOSS for records that may be lost."
+)
 @click.option("--reason", default="", help="With --complete --lost: why, for those who read the event later.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option(
@@ -191,9 +193,9 @@ def _complete(bootstrap: str, *, lost: bool, dry_run: bool, reason: str, yes: bo
         click.echo(f"Agents that are back: {', '.join(waiting.agents) or 'none'}", err=True)
     if waiting.unrecovered_ranges and not dry_run:
         if not yes:
-            what = "Records that other agents have acknowledged there are given up"
-            told = "readers get DATA_LOSS" if lost else "readers are not told"
-            confirm(f"{what}, and {told}. Go on?")
+            what = "Records there that other agents have acknowledged are declared lost"
+            effect = "readers get DATA_LOSS" if lost else "readers get no error"
+            confirm(f"{what}, and {effect}. Go on?")
         run(lambda: _call(bootstrap, lost, False, reason))
     if as_json:
         ranges = [

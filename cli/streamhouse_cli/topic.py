@@ -50,7 +50,7 @@ def topic() -> None:
     "--unclean-recovery-after-ms",
     type=Number(min=0),
     metavar="MS",
-    help="Give up on what a lost agent had not uploaded after this long. Default: never, readers wait.",
+    help="Declare lost what an agent that is gone had not uploaded, after this long. Default: never, readers wait.",
 )
 @click.option("--if-not-exists", is_flag=True, help="Leave a topic of that name as it is, and end with 0.")
 @json_option
@@ -180,7 +180,7 @@ def configs(name: str, as_json: bool, bootstrap: str) -> None:
     "--unclean-recovery-after-ms",
     type=OrUnset(0),
     metavar="MS|unset",
-    help="Give up on what a lost agent had not uploaded after this long.",
+    help="Declare lost what an agent that is gone had not uploaded, after this long.",
 )
 @click.option("--yes", is_flag=True, help="Do not ask before partitions are added.")
 @json_option

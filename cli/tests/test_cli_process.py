@@ -391,7 +391,7 @@ def test_a_closed_stderr_is_no_error(topic):
 
 
 def test_where_nobody_can_be_asked_nothing_is_deleted(topic):
-    said = "error: stdin is closed, so nobody can be asked; --yes is for scripts\n"
+    said = "error: stdin is closed, so there is no terminal to ask; --yes is for scripts\n"
     assert shell(topic, "$CLI topic delete t <&-") == (1, b"", said)
     assert shell(topic, "$CLI topic delete t 2>&-")[:2] == (1, b"")
     assert {row.topic for row in topic.rows(TOPICS)} == {"t"}

@@ -153,8 +153,8 @@ class Consumer(AsyncContext, AsyncIteration):
             raise InvalidArgument("give topics, or assign=[(topic, partition), ...], and not both", field="topics")
         if callbacks != Callbacks() and self._assign:
             raise InvalidArgument(
-                "nobody gives or takes the partitions of assign: there is nothing to call on_assigned, on_revoked and "
-                "on_lost for",
+                "no group assigns or revokes the partitions of assign: there is nothing to call on_assigned, "
+                "on_revoked and on_lost for",
                 field="assign",
             )
         addresses = addresses_of(bootstrap)
@@ -433,7 +433,11 @@ class Consumer(AsyncContext, AsyncIteration):
             try:
                 await self._membership.step_out()
             except StreamHouseError as error:
-                log.warning("unsubscribed: group %s was not told, it will notice: %s", self._options.group, error)
+                log.warning(
+                    "unsubscribed: leaving group %s failed, the membership ends with its session: %s",
+                    self._options.group,
+                    error,
+                )
 
     @property
     def _commits_by_itself(self) -> bool:
@@ -519,7 +523,11 @@ class Consumer(AsyncContext, AsyncIteration):
                         await self._membership.leave()
                 # The group notices by the session timeout.
                 except StreamHouseError as error:
-                    log.warning("closing: group %s was not told, it will notice: %s", self._options.group, error)
+                    log.warning(
+                        "closing: leaving group %s failed, the membership ends with its session: %s",
+                        self._options.group,
+                        error,
+                    )
                 except TimeoutError:
                     closing.late()
         finally:
@@ -762,7 +770,7 @@ class Consumer(AsyncContext, AsyncIteration):
         try:
             await self._membership.step_out()
         except StreamHouseError as error:
-            log.warning("leaving: group %s was not told, it will notice: %s", group, error)
+            log.warning("leaving group %s failed, the membership ends with its session: %s", group, error)
 
     # ---- where we are
 

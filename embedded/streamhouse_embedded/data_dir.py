@@ -93,7 +93,9 @@ class DataDir:
         if all(_is_ours(entry.name) for entry in self.path.iterdir()):
             self._make_private(self.path)
         elif self.path.stat().st_mode & files.OTHERS:
-            log.warning("data directory %s is open to other users: `chmod 700` it if it is nobody else's", self.path)
+            log.warning(
+                "data directory %s is open to other users: `chmod 700` it unless other users need it", self.path
+            )
 
     def _make_private(self, path: Path) -> None:
         if not files.make_private(path):

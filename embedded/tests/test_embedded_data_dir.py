@@ -59,7 +59,7 @@ def test_a_directory_that_holds_other_things_keeps_its_permissions(
     assert mode_of(tmp_path / "wal") == 0o700
     assert mode_of(tmp_path / name) == 0o644
     assert caplog.messages == [
-        f"data directory {tmp_path} is open to other users: `chmod 700` it if it is nobody else's"
+        f"data directory {tmp_path} is open to other users: `chmod 700` it unless other users need it"
     ]
 
 

@@ -224,7 +224,7 @@ WRONG: dict[str, tuple[list[h.Event], set[str]]] = {
         replaced(h.Produced, 1, epoch=1),
         {"fenced-ack"},
     ),
-    "acknowledged in a range that was given up": (
+    "acknowledged in a range that was declared lost": (
         replaced(h.Range, 0, status="lost"),
         {"fenced-ack", "registration-disorder"},  # with the segments still there
     ),

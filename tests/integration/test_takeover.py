@@ -211,7 +211,7 @@ async def test_readers_go_on_when_the_dead_agents_range_is_declared_lost(
             assert reading.records == kept
         assert await takeover.unsettled() == []
         async with Consumer(takeover.address, assign=[(takeover.topic, 0)]) as consumer:
-            with pytest.raises(errors.DataLoss, match="was given up"):
+            with pytest.raises(errors.DataLoss, match="was declared lost"):
                 async for _ in consumer:
                     pass
         await check_the_late_agent(takeover, kept)
@@ -236,7 +236,7 @@ async def check_the_late_agent(takeover: Takeover, kept: dict[int, bytes]) -> No
         described = await admin.describe_topic(takeover.topic)
     assert described.partitions[0].record_count == STORED + 2 * AFTER, "nothing of the lost range was registered"
     report = json.loads(await takeover.cli("verify", "--topic", takeover.topic, "--json"))
-    assert report["findings"] == [] and report["records"] == STORED + 2 * AFTER, "what is given up is no gap"
+    assert report["findings"] == [] and report["records"] == STORED + 2 * AFTER, "what is declared lost is no gap"
 
 
 async def test_a_durable_topic_does_not_wait(storage: dict[str, str], tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ KAFKA_METHODS: Mapping[str, Names] = {
         "poll": ("", "callbacks of add_done_callback are called by themselves; flush waits"),
         "start": ("", "nothing has to be started"),
         "stop": ("close", ""),
-        "purge": ("close", "close(0) gives up what is not acknowledged"),
+        "purge": ("close", "close(0) fails what is not acknowledged"),
         "partitions_for": ("Admin.describe_topic", ""),
         "list_topics": ("Admin.list_topics", ""),
         "init_transactions": _NO_TRANSACTIONS,

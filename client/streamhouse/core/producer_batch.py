@@ -278,8 +278,8 @@ class ProducerBatch:
         return errors.OutcomeUnknown(
             f"{self.topic}/{self.partition}: {self.record_count} records may or may not have been written. An "
             "earlier try got no answer, and the leader that was asked again does not have this producer's history: "
-            "another agent took over, or the metadata was restored. Sent once more they could be there twice, so they "
-            "are given up. Read the partition once it is settled (the leader's answer was "
+            "another agent took over, or the metadata was restored. Sent once more they could be there twice, so the "
+            "batch has failed. Read the partition once it is settled (the leader's answer was "
             f"{error.reason}: {error.message})",
             topic=self.topic,
             partition=self.partition,

@@ -1,6 +1,6 @@
 """Lets the index catch up with the coordinator before a reader is refused: the index may be a moment behind.
 
-Invariant: a reader is told that a topic or partition is unknown only if the coordinator does not know it either.
+Invariant: a reader gets UnknownTopic or UnknownPartition only if the coordinator does not know it either.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class IndexCatchUp:
         except UnknownTopic:
             raise
         except StreamHouseError as error:
-            raise Unavailable(f"nobody can say whether the index is behind: {error}") from error
+            raise Unavailable(f"no coordinator says whether the index is behind: {error}") from error
         if not await self._index.reaches(described.events_position, self._catch_up_ms):
             raise Unavailable(
                 f"topic {topic!r}: the index is behind the coordinator's event {described.events_position}",

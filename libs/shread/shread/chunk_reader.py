@@ -233,7 +233,7 @@ class ChunkReader:
         """Done-callback of a download: fails the waiters if the task was cancelled, even before the first step, then
         forgets the download."""
         if not flight.result.done():
-            flight.result.set_exception(StoreUnavailable("the download was given up: the service stops"))
+            flight.result.set_exception(StoreUnavailable("the download was cancelled: the service stops"))
         flight.result.exception()  # retrieved, as no reader may be waiting any more
         # A download that goes further may have taken its place.
         if self._flights.get(chunk) is flight:

@@ -157,7 +157,7 @@ class RpcServer:
         _meter.create_observable_counter(
             "streamhouse_server_calls_refused",
             [lambda _: [metrics.Observation(calls.refused + streams.refused)]],
-            description="calls and streams told to come again",
+            description="calls and streams refused with OVERLOADED",
         )
 
     async def start(self) -> None:

@@ -74,14 +74,14 @@ class CommonSettings(BaseSettings):
         20_000,
         ge=1,
         le=1_000_000,
-        description="calls worked on at once, 15 KB each; beyond, callers are told OVERLOADED and when to try again. "
+        description="calls worked on at once, 15 KB each; beyond, callers get OVERLOADED and when to try again. "
         "Every member of a group has a long poll open",
     )
     streams_open_max: int = Field(
         20_000,
         ge=1,
         le=1_000_000,
-        description="streams open at once, 25 KB each; beyond, callers are told OVERLOADED and when to try again. A "
+        description="streams open at once, 25 KB each; beyond, callers get OVERLOADED and when to try again. A "
         "producer has one to each leader, a consumer one to a query service",
     )
     calls_per_connection_max: int = Field(
@@ -97,8 +97,8 @@ class CommonSettings(BaseSettings):
         100_000,
         ge=1,
         le=10_000_000,
-        description="calls that have arrived and were not looked at yet, 15 KB each; the server looks at thousands a "
-        "second. Beyond, gRPC turns them away itself, and cannot say when to try again",
+        description="calls that have arrived and were not accepted yet, 15 KB each; the server accepts thousands a "
+        "second. Beyond, gRPC refuses them itself, and cannot say when to try again",
     )
     rpc_timeout_ms: int = Field(
         10_000,
@@ -124,7 +124,7 @@ class CommonSettings(BaseSettings):
         default_factory=MemoryShare(part=512, least=256 * 1024, most=16 * MIB),
         ge=64 * 1024,
         le=16 * MIB,
-        description="bytes of one stream, and of one connection, that a client may send before they are looked at: a "
+        description="bytes of one stream, and of one connection, that a client may send before they are read: a "
         "round trip's worth of the link. At 16 MiB gRPC finds the window by itself, up to that",
     )
     connection_handshake_timeout_ms: int = Field(
@@ -137,7 +137,7 @@ class CommonSettings(BaseSettings):
         30_000,
         ge=0,
         le=3_600_000,
-        description="ms to seal, upload and register at shutdown before giving up (the log keeps it)",
+        description="ms to seal, upload and register at shutdown; the log keeps what is left then",
     )
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="DEBUG, INFO, WARNING or ERROR")
     log_json: bool = Field(False, description="one JSON object per log line, for log collectors")

@@ -110,8 +110,9 @@ class Supervisor:
             await asyncio.sleep(self._watchdog_s / 2)  # as sd_watchdog_enabled(3) recommends
 
     def _reload(self) -> None:
-        told = self._is_ready and not self._is_stopping
-        if told:  # with Type=notify-reload systemd waits for READY=1, and takes a reload without the time for a start
+        is_notified = self._is_ready and not self._is_stopping
+        # With Type=notify-reload systemd waits for READY=1, and takes a reload without the time for a start.
+        if is_notified:
             self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1_000}")
         if (path := reopen_log_file()) is not None:
             log.info("SIGHUP: the log goes on in %s, opened anew", path)
@@ -119,7 +120,7 @@ class Supervisor:
             log.info(
                 "SIGHUP changes nothing here: the log goes to stderr; settings are read at the start. SIGTERM stops"
             )
-        if told:
+        if is_notified:
             self._tell("READY=1")
 
     # ---- datagrams
@@ -139,7 +140,7 @@ class Supervisor:
                 self._retry = asyncio.get_running_loop().call_later(RETRY_S, self._send_unsent)
                 return
             except OSError as error:
-                log.warning("%r is not told to NOTIFY_SOCKET %r: %s", self._unsent[0], self._notify_socket, error)
+                log.warning("%r cannot be sent to NOTIFY_SOCKET %r: %s", self._unsent[0], self._notify_socket, error)
             self._unsent.popleft()
 
     def _send(self, state: str) -> None:

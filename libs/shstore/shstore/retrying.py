@@ -253,6 +253,6 @@ class _Backoff:
 
     def gave_up(self) -> StoreError:
         """Returns the error of a call whose deadline passed: of the last attempt's own kind if there was an attempt."""
-        tried = f"gave up to {self._action} after {self._policy.deadline_ms} ms and {self._failures} failures"
+        tried = f"could not {self._action} in {self._policy.deadline_ms} ms and {self._failures} failures"
         throttled = isinstance(self._last, StoreUnavailable) and self._last.throttled
         return StoreUnavailable(f"{tried}; last: {self._last}", throttled=throttled)

@@ -119,7 +119,7 @@ async def test_a_store_that_is_back_is_noticed(kind: FaultKind, within_s: int) -
 async def test_the_deadline_ends_it() -> None:
     policy = RetryPolicy(base_delay_ms=1_000, throttled_max_delay_ms=4_000, deadline_ms=10_000)
     store, faulty, clock = retrying(ScriptedFaults([FaultKind.THROTTLED] * 50), policy)
-    with pytest.raises(StoreUnavailable, match=r"gave up to get 'k' after 10000 ms.*throttled on get") as caught:
+    with pytest.raises(StoreUnavailable, match=r"could not get 'k' in 10000 ms.*throttled on get") as caught:
         await store.get("k")
     assert caught.value.throttled
     assert clock.now <= 10
@@ -132,7 +132,7 @@ async def test_the_deadline_ends_an_attempt_that_hangs() -> None:
             await asyncio.Event().wait()
             raise AssertionError
 
-    with pytest.raises(StoreUnavailable, match="gave up to get 'k' after 20 ms"):
+    with pytest.raises(StoreUnavailable, match="could not get 'k' in 20 ms"):
         await RetryingStore(Hanging(), RetryPolicy(deadline_ms=20)).get("k")
 
 

@@ -39,7 +39,7 @@ class CoordinatorSettings(CommonSettings):
         10,
         ge=2,
         le=1000,
-        description="connections per coordinator, statements that were given up and may still run included; events are "
+        description="connections per coordinator, abandoned statements that may still run included; events are "
         "appended one transaction at a time anyway",
     )
     pg_pool_clients_max: int = Field(
@@ -53,14 +53,14 @@ class CoordinatorSettings(CommonSettings):
         1_000,
         ge=1,
         le=100_000,
-        description="calls of clients that wait for one lock, of a group or for topics; beyond, callers are told "
+        description="calls of clients that wait for one lock, of a group or for topics; beyond, callers get "
         "OVERLOADED. All members of a group ask at once after a change (group_members_max)",
     )
     pg_waiting_max: int = Field(
         5_000,
         ge=1,
         le=1_000_000,
-        description="calls of clients that wait for locks or connections, in all; beyond, callers are told OVERLOADED. "
+        description="calls of clients that wait for locks or connections, in all; beyond, callers get OVERLOADED. "
         "Fewer than that are done within pg_timeout_ms, for which a call waits",
     )
     pg_timeout_ms: int = Field(
@@ -108,7 +108,7 @@ class CoordinatorSettings(CommonSettings):
         description="ms between heartbeats; a third of session_ttl_ms, so that two may be lost",
     )
     session_sweep_interval_ms: int = Field(
-        1_000, ge=10, le=600_000, description="ms between looks for expired sessions, group members and claims"
+        1_000, ge=10, le=600_000, description="ms between scans for expired sessions, group members and claims"
     )
     probe_timeout_ms: int = Field(
         2_000, ge=10, le=60_000, description="ms to reach an agent whose event stream broke; refused means it is gone"
@@ -175,7 +175,7 @@ class CoordinatorSettings(CommonSettings):
         1_000, ge=1, le=100_000_000, description="newest events that are kept whatever their age, to be compared with"
     )
     events_prune_interval_ms: int = Field(
-        60_000, ge=10, le=86_400_000, description="ms between looks for events to prune; a minute's worth is little"
+        60_000, ge=10, le=86_400_000, description="ms between scans for events to prune; a minute's worth is little"
     )
     outbox_retention_ms: int = Field(
         7 * 86_400_000,
@@ -200,12 +200,12 @@ class CoordinatorSettings(CommonSettings):
         if self.pg_timeout_ms >= self.rpc_timeout_ms:
             raise ValueError(
                 f"pg_timeout_ms ({self.pg_timeout_ms}) must be below rpc_timeout_ms ({self.rpc_timeout_ms}): callers "
-                "would give up before they hear that PostgreSQL is away"
+                "would time out before they get the error that PostgreSQL is away"
             )
         if self.probe_timeout_ms >= self.rpc_timeout_ms:
             raise ValueError(
                 f"probe_timeout_ms ({self.probe_timeout_ms}) must be below rpc_timeout_ms ({self.rpc_timeout_ms}): a "
-                "process whose session another one has would give up before the coordinator knows if that one is there"
+                "process whose session another one has would time out before the coordinator knows if that one is there"
             )
         return self
 

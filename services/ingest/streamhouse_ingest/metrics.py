@@ -66,7 +66,8 @@ class IngestMetrics:
             "streamhouse_ingest_possibly_lost_ranges_total", "ranges whose end damage of the log hides"
         )
         self.fenced_records = counter(
-            "streamhouse_ingest_fenced_records_total", "records given up: range settled below them, or lost"
+            "streamhouse_ingest_fenced_records_total",
+            "records dropped: their range was settled below them, or declared lost",
         )
         self.sealed = counter("streamhouse_ingest_sealed_buffers_total", "sealed buffers announced")
         self.append_ms = histogram("streamhouse_ingest_append_ms", "from queueing a batch until the log has it")

@@ -128,7 +128,7 @@ class IngestSettings(CommonSettings):
         20,
         ge=0,
         le=10_000,
-        description="ms a durable ack waits for company before its buffer is sealed: one object for all; doubles with "
+        description="ms a durable ack waits for others before its buffer is sealed: one object for all; doubles with "
         "every 8 sealed buffers that wait for registration",
     )
     produce_timeout_ms: int = Field(

@@ -73,7 +73,7 @@ class QuerySettings(StoreSettings):
         3_000,
         ge=0,
         le=60_000,
-        description="ms to wait for the event feed where an agent gave up what is registered; it takes about 10",
+        description="ms to wait for the event feed where an agent has dropped what is registered; it takes about 10",
     )
     subscribe_positions_max: int = Field(
         1_000, ge=1, le=100_000, description="partitions of one subscription; each may hold one batch in memory"
@@ -121,7 +121,7 @@ class QuerySettings(StoreSettings):
         15_000,
         ge=100,
         le=3_600_000,
-        description="ms between looks at the lag of consumer groups, a small call to the coordinator for each group; "
+        description="ms between scans of the lag of consumer groups, a small call to the coordinator for each group; "
         "only while metrics are on",
     )
     metrics_group_topics_max: int = Field(

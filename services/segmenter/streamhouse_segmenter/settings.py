@@ -96,7 +96,7 @@ class SegmenterSettings(StoreSettings):
         description="ms such a segment waits in all before its buffer is given back; one claim's time to live",
     )
 
-    compaction_interval_ms: int = Field(60_000, ge=50, le=86_400_000, description="ms between looks for small segments")
+    compaction_interval_ms: int = Field(60_000, ge=50, le=86_400_000, description="ms between scans for small segments")
     compaction_small_bytes_max: int = Field(
         default_factory=MemoryShare(part=128, least=MIB, most=16 * MIB),
         ge=1024,

@@ -95,7 +95,7 @@ def went_back_reason(cluster: ClusterIndex, name: str, offset: int) -> str:
     """Returns the reason why records from `offset` on are unknown."""
     return (
         f"{name}: the metadata went back: event {cluster.missing_position} was seen, and is not there any more; "
-        f"whether there are records from offset {offset} on cannot be told before `streamhouse restore`"
+        f"whether there are records from offset {offset} on is unknown until `streamhouse restore`"
     )
 
 
@@ -134,7 +134,7 @@ def _lost_range(partition: PartitionIndex, current: Range, offset: int) -> Lost:
     assert current.end_offset is not None, "a lost range has an end"
     reason = (
         f"what agent {current.agent_id} acknowledged in epoch {current.epoch} from offset {current.registered_end} on "
-        "and did not upload was given up"
+        "and did not upload was declared lost"
     )
     following = next_readable(partition, current.end_offset)
     return Lost(base_offset=current.registered_end, end_offset=current.end_offset, next_offset=following, reason=reason)

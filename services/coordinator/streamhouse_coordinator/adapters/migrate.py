@@ -83,5 +83,5 @@ async def _must_have_tables(connection: Any) -> None:
     if lacking := [f"{table}.{column}" for table, column in wanted if (table, column) not in found]:
         raise DatabaseMismatch(
             f"the database has every migration of this version, but not {', '.join(lacking)}: no release made it, or "
-            f"somebody has changed it; {_WAY_OUT}"
+            f"it was changed by hand; {_WAY_OUT}"
         )

@@ -402,6 +402,6 @@ async def _warn_without_checksums(connection: Any) -> None:
     checksums turn that into an error."""
     if await connection.fetchval("SELECT current_setting('data_checksums', true)") == "off":
         log.warning(
-            "PostgreSQL has no page checksums: damage on its disk may hide acknowledged records and nobody is told. "
-            "Stop it and run `pg_checksums --enable`, or make a new one with `initdb --data-checksums`"
+            "PostgreSQL has no page checksums: damage on its disk may hide acknowledged records, and readers get no "
+            "error. Stop it and run `pg_checksums --enable`, or make a new one with `initdb --data-checksums`"
         )

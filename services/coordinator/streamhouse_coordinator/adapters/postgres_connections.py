@@ -46,7 +46,7 @@ KEEPALIVES = {"tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5", "tcp_
 _abandoned = up_down_counter(
     metrics.get_meter("streamhouse.coordinator"),
     "streamhouse_coordinator_postgres_given_up",
-    "statements given up that PostgreSQL may still run",
+    "abandoned statements that PostgreSQL may still run",
 )
 
 
@@ -200,7 +200,7 @@ class Connections:
             raise self.timed_out_waiting(
                 since_s,
                 f"of {self.pool_max} connections (pg_pool_max) none was free in time, {len(self._ending)} are taken by "
-                "statements that were given up and may still run",
+                "abandoned statements that may still run",
             ) from error
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -230,7 +230,7 @@ class Connections:
     def _end(self, pool: Any, connection: Any, call: Call) -> None:
         """Keeps the slot of an abandoned statement until that has ended in the server: by the answer to the
         cancellation that asyncpg sends, or, if the server is out of reach, by the server's limits."""
-        task = asyncio.create_task(self._ended(pool, connection), name="end a statement that was given up")
+        task = asyncio.create_task(self._ended(pool, connection), name="end an abandoned statement")
         self._ending.add(task)
         _abandoned.add(1)
         task.add_done_callback(partial(self._has_ended, call))
@@ -246,7 +246,7 @@ class Connections:
                     await connection.execute("ROLLBACK")
                 self._note_answer(None)
         except FAILURES as error:
-            log.debug("a connection that was given up on is closed: %s", error or type(error).__name__)
+            log.debug("the connection of an abandoned statement is closed: %s", error or type(error).__name__)
             discard(connection)
         except asyncio.CancelledError:
             discard(connection)
@@ -260,7 +260,7 @@ class Connections:
         _abandoned.add(-1)
         self._slots.give_back(call)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("ending a statement that was given up failed", exc_info=error)
+            log.error("ending an abandoned statement failed", exc_info=error)
 
     # ---- transactions
 

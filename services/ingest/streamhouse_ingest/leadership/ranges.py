@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 LOST = "lost"
 LOST_REASON = "damaged in the write-ahead log"
 POSSIBLY_LOST_REASON = (
-    "possibly lost: the write-ahead log is damaged, and what it held of this range beyond here cannot be told"
+    "possibly lost: the write-ahead log is damaged, and what it held of this range beyond here is unknown"
 )
 
 
@@ -110,7 +110,7 @@ class Ranges:
         records = sum(buffer.record_count for buffer in buffers)
         self._metrics.fenced_records.add(records)
         log.error(
-            "%s was declared lost at offset %d: %d records beyond, %d bytes, are given up",
+            "%s was declared lost at offset %d: %d records beyond, %d bytes, are dropped",
             held.log.describe(),
             grant.registered_end,
             records,
@@ -165,7 +165,7 @@ class Ranges:
         fenced = self._logs.settle(held, end_offset)
         if fenced:
             self._metrics.fenced_records.add(fenced)
-            log.error("%s was settled at %d: %d records beyond are given up", held.log.describe(), end_offset, fenced)
+            log.error("%s was settled at %d: %d records beyond are dropped", held.log.describe(), end_offset, fenced)
 
     def _held(self, only: Collection[RangeKey]) -> list[HeldLog]:
         """Returns the held logs among `only`, or all held logs if `only` is empty."""

@@ -89,7 +89,12 @@ class Session:
         self._sealer.restart()
         self._context.session.set(opened.session_token, opened.session_id, opened.feed_position)
         self.grants.begin()
-        log.info("session %s is open, %d older ranges to finish", opened.session_id, len(opened.resumed))
+        log.info(
+            "session %s of ingest %s is open, %d older ranges to finish",
+            opened.session_id,
+            self._context.identity.agent_id,
+            len(opened.resumed),
+        )
 
     async def _stop_leading(self) -> None:
         """Stops leading all logs, and waits for the group that is being written: then the logs' ends are final."""

@@ -58,6 +58,6 @@ class History:
         except OSError as error:
             if error.errno not in SCARCE:
                 raise
-            log.warning("how far the metadata was heard of will be noted later: %s", error)
+            log.warning("the last position seen will be saved later: %s", error)
         else:
             self._saved = seen

@@ -112,7 +112,7 @@ class RequestRules:
         if header.producer is not None and header.producer.producer_id < first:
             raise UnknownProducer(
                 f"producer id {header.producer.producer_id} is from before the metadata was restored; ids begin at "
-                f"{first} now. Take a new one; whether a batch that is sent again was written before cannot be told",
+                f"{first} now. Take a new one; whether a batch that is sent again was written before is unknown",
                 producer_id=header.producer.producer_id,
                 producer_ids_from=first,
             )

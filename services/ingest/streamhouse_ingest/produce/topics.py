@@ -169,7 +169,7 @@ def _on_record_as_lost(log: PartitionLog, span: pb.LostSpan, offset: int) -> Dat
 def _declared_lost(log: PartitionLog, owned: types_pb2.OffsetRange, offset: int) -> DataLoss:
     return DataLoss(
         f"{log.topic}/{log.key.partition}: the batch was written at offset {offset} in epoch {owned.epoch} of agent "
-        f"{owned.agent_id}, and given up with everything from offset {owned.registered_end} on",
+        f"{owned.agent_id}, and everything from offset {owned.registered_end} on was declared lost",
         topic=log.topic,
         partition=log.key.partition,
         base_offset=owned.registered_end,

@@ -67,7 +67,7 @@ class LoopWorker:
             try:
                 report = await self._segmenter.drain()
             except StreamHouseError as error:
-                log.warning("cannot look for buffers: %s", error)
+                log.warning("cannot scan for buffers: %s", error)
             # A defect must not end the scan: without it, work whose event was lost is never found.
             except Exception:
                 log.exception("the scan failed by a defect, again in %d ms", wait_ms)

@@ -127,7 +127,7 @@ async def _drain(segmenter: Segmenter) -> None:
     try:
         await segmenter.drain()
     except StreamHouseError as error:
-        log.warning("cannot look for buffers, the periodic scan will: %s", error)
+        log.warning("cannot scan for buffers now, the periodic scan will: %s", error)
 
 
 class NamekoWorker:
