@@ -289,8 +289,8 @@ def show_doubt(item: dict[str, Any]) -> str:
     if not item["failing"]:
         return f"{agent} can be reached again by all; it leads once that has lasted"
     reaching = f"; reached by {', '.join(item['reaching'])}" if item["reaching"] else ""
-    said = f"cannot be reached by {', '.join(item['failing'])} since {show_time(item['since_ms'])}{reaching}"
-    return f"{agent} {said}" + (": OTHERS LEAD ITS PARTITIONS" if item["cut_off"] else "")
+    failing = f"cannot be reached by {', '.join(item['failing'])} since {show_time(item['since_ms'])}{reaching}"
+    return f"{agent} {failing}" + (": OTHERS LEAD ITS PARTITIONS" if item["cut_off"] else "")
 
 
 def show_failure(item: dict[str, Any]) -> str:

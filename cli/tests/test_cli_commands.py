@@ -145,7 +145,7 @@ NO_STORE = "is no object store of StreamHouse: it has no directory objects"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ("verify --data-dir DIR", NO_DATA_DIR),
         ("verify --store-dir DIR", NO_STORE),
@@ -157,23 +157,23 @@ NO_STORE = "is no object store of StreamHouse: it has no directory objects"
         ("wal inspect DIR", "holds no *.wal file"),
     ],
 )
-def test_a_directory_of_something_else_is_named_and_left_as_it_is(arguments: str, said: str, tmp_path: Path) -> None:
+def test_a_directory_of_something_else_is_named_and_left_as_it_is(arguments: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     result = run(*arguments.replace("DIR", str(tmp_path)).split())
     assert result.exit_code == 1
-    assert result.stderr.startswith(f"error: {tmp_path} {said}")
+    assert result.stderr.startswith(f"error: {tmp_path} {message}")
     assert (result.stdout, len(result.stderr.splitlines())) == ("", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize(("command", "said"), [("segment", "no segment"), ("wal", "no write-ahead log")])
-def test_a_file_of_something_else_is_named_by_what_it_begins_with(command: str, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("command", "message"), [("segment", "no segment"), ("wal", "no write-ahead log")])
+def test_a_file_of_something_else_is_named_by_what_it_begins_with(command: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "notes.wal"
     file.write_text("these are notes, and long enough for a header: " * 20)
     for json_output in ([], ["--json"]):
         result = run(command, "inspect", str(file), *json_output)
         assert (result.exit_code, result.stdout) == (1, "")
-        assert result.stderr.startswith(f"error: {file} is {said}, or nothing of it can be read: ")
+        assert result.stderr.startswith(f"error: {file} is {message}, or nothing of it can be read: ")
         assert "b'thes'" in result.stderr
 
 

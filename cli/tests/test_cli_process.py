@@ -295,14 +295,14 @@ def can_unshare():
 
 @pytest.mark.skipif(not can_unshare(), reason="a process namespace of its own needs root and unshare")
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["produce", "t"], "stopped by SIGTERM: 1 record acknowledged"),
         (["consume", "t", "--follow"], ""),
         (["topic", "list", "--bootstrap", "127.0.0.1:1", "--retry-timeout-ms", ONE_HOUR_MS], "no answer yet"),
     ],
 )
-def test_sigterm_ends_a_command_that_is_process_1(topic, arguments, said):
+def test_sigterm_ends_a_command_that_is_process_1(topic, arguments, message):
     """The kernel has no default action for it: what sets no handler goes on for ever."""
     unshare = ["unshare", "--pid", "--fork", "--kill-child", "--"]
     with Running(topic, *arguments, before=unshare) as command:
@@ -318,7 +318,7 @@ def test_sigterm_ends_a_command_that_is_process_1(topic, arguments, said):
         os.kill(child, signal.SIGTERM)
         code, _, err = command.ended()
     assert code == 143
-    assert err.startswith(said) or said == "no answer yet"
+    assert err.startswith(message) or message == "no answer yet"
 
 
 def children_of(pid):
@@ -391,8 +391,8 @@ def test_a_closed_stderr_is_no_error(topic):
 
 
 def test_where_nobody_can_be_asked_nothing_is_deleted(topic):
-    said = "error: stdin is closed, so there is no terminal to ask; --yes is for scripts\n"
-    assert shell(topic, "$CLI topic delete t <&-") == (1, b"", said)
+    message = "error: stdin is closed, so there is no terminal to ask; --yes is for scripts\n"
+    assert shell(topic, "$CLI topic delete t <&-") == (1, b"", message)
     assert shell(topic, "$CLI topic delete t 2>&-")[:2] == (1, b"")
     assert {row.topic for row in topic.rows(TOPICS)} == {"t"}
 

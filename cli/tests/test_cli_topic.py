@@ -66,8 +66,8 @@ def test_partitions_are_added_after_a_question(server, run):
 def test_a_question_that_nobody_answers_names_the_option_for_scripts(server, run):
     server.create_topic("t", 2)
     for asking in (["topic", "delete", "t"], ["topic", "alter", "t", "--partitions", "3"], ["group", "delete", "g"]):
-        said = run(*asking, code=1).stderr
-        assert said.endswith(
+        message = run(*asking, code=1).stderr
+        assert message.endswith(
             "\nerror: stdin ended before there was an answer, nothing was done; --yes is for scripts\n"
         )
     assert server.partitions("t") == 2

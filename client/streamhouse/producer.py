@@ -584,18 +584,18 @@ async def close_with(
 ) -> None:
     """Flushes (unless `flush` is None), then shuts down in any case; closes producers of both kinds. Raises the error
     of `flush` after shutting down, or logs it if not `raise_failures`. Logs how many records are dropped silently."""
-    said = False
+    is_reported = False
     try:
         if flush is not None:
             await flush()
     except Exception as error:
-        said = True
+        is_reported = True
         if raise_failures:
             raise
         log.warning("closing the producer: %s", error)
     finally:
         dropped = unacknowledged()
-        if dropped and not said:
+        if dropped and not is_reported:
             log.warning("the producer is closed without a flush: %s", not_acknowledged(dropped))
         await shut_down()
 

@@ -465,8 +465,8 @@ class Reader:
             return
         if isinstance(error, (OffsetBelowStart, OffsetBeyondEnd)) and policy != "error":
             offset = (await self._lookup(policy, {cursor.where: cursor.topic_id}))[cursor.where]
-            said = _unnamed(cursor, error.message)
-            log.warning("%s/%d: %s; going on at the %s offset %d", *cursor.where, said, policy, offset)
+            message = _unnamed(cursor, error.message)
+            log.warning("%s/%d: %s; going on at the %s offset %d", *cursor.where, message, policy, offset)
             self._jump(cursor, offset)
         elif isinstance(error, DataLoss) and self._options.on_data_loss == "skip" and end_of_loss(error, cursor):
             offset = end_of_loss(error, cursor)
@@ -483,8 +483,8 @@ class Reader:
     def _may_retry(self, cursor: Cursor, error: StreamHouseError) -> bool:
         now_ms = asyncio.get_running_loop().time() * 1000
         if cursor.failing_since_ms is None:  # logged once, not with every try
-            said = _unnamed(cursor, error.message)
-            log.warning("%s/%d at offset %d, trying again: %s", *cursor.where, cursor.fetch_offset, said)
+            message = _unnamed(cursor, error.message)
+            log.warning("%s/%d at offset %d, trying again: %s", *cursor.where, cursor.fetch_offset, message)
             cursor.failing_since_ms = now_ms
         return now_ms - cursor.failing_since_ms < self._options.retry_timeout_ms
 

@@ -66,7 +66,7 @@ RESERVE_BYTES = 1024 * 1024
 """Kept in a file while there is room and given up for a start where there is none: lock files and the end of a recovery
 took 8 KiB and less, also after a crash. A platform whose disk is full can then be started, read, and deleted from."""
 
-NO_SPACE_SAID = ("No space left on device", "Disk quota exceeded")
+NO_SPACE_MESSAGES = ("No space left on device", "Disk quota exceeded")
 """By PostgreSQL and its tools, with LC_ALL=C; except of shared memory, which is another file system's."""
 
 POLL_INTERVAL_S = 0.01
@@ -270,22 +270,22 @@ class EmbeddedPostgres:
         except OSError as error:
             log.warning("cannot set bytes aside for a start on a full disk, in %s: %s", path, error)
 
-    def _no_room(self, said: str, needed_bytes: int = RESERVE_BYTES) -> PostgresError:
+    def _no_room(self, cause: str, needed_bytes: int = RESERVE_BYTES) -> PostgresError:
         left = files.free_bytes(self.data_dir)
         return PostgresError(
             f"no room for PostgreSQL: the disk of {self.data_dir} has {left:,} bytes left, and a start needs "
-            f"{needed_bytes:,}: free some, then start again ({said})"
+            f"{needed_bytes:,}: free some, then start again ({cause})"
         )
 
     async def _check_version(self, bin_dir: Path, user: RunAs) -> None:
         """Refuses data of another major version than the programs' with PostgresError, as PostgreSQL would."""
         made_by = (self.data_dir / "PG_VERSION").read_bytes()[:32].decode(errors="replace").strip()
-        said = await run_to_end(self._output_of, user.command(bin_dir / "postgres", ["--version"]), user)
-        match = re.search(r"(\d+)(?:\.|devel|beta|rc|\s|$)", said)
+        version = await run_to_end(self._output_of, user.command(bin_dir / "postgres", ["--version"]), user)
+        match = re.search(r"(\d+)(?:\.|devel|beta|rc|\s|$)", version)
         if match is None or match[1] != made_by:
             raise PostgresError(
-                f"the data in {self.data_dir} are of PostgreSQL {made_by}, the programs in {bin_dir} say {said!r}: set "
-                f"pg_bin_dir to a directory with those of PostgreSQL {made_by}"
+                f"the data in {self.data_dir} are of PostgreSQL {made_by}, the programs in {bin_dir} say {version!r}: "
+                f"set pg_bin_dir to a directory with those of PostgreSQL {made_by}"
             )
 
     def _output_of(self, command: Sequence[str], user: RunAs) -> str:
@@ -471,18 +471,18 @@ class EmbeddedPostgres:
 
     def _error(self, message: str, log_at: int) -> PostgresError:
         lines = self._log_lines(log_at)
-        said = next((line for line in lines if _is_no_space(line)), None)
-        if said is None and files.free_bytes(self.data_dir) < PAGE_BYTES:
-            said = message  # the log, too, is on that disk
-        if said is not None:
+        cause = next((line for line in lines if _is_no_space(line)), None)
+        if cause is None and files.free_bytes(self.data_dir) < PAGE_BYTES:
+            cause = message  # the log, too, is on that disk
+        if cause is not None:
             made = (self.data_dir / "PG_VERSION").exists()
-            return self._no_room(said, RESERVE_BYTES if made else FIRST_START_BYTES)
+            return self._no_room(cause, RESERVE_BYTES if made else FIRST_START_BYTES)
         shown = "\n  ".join(lines[-LOG_LINES_SHOWN:])
         return PostgresError(f"{message} (data directory {self.data_dir}, log {self.log_path}):\n  {shown}")
 
 
 def _is_no_space(line: str) -> bool:
-    return any(said in line for said in NO_SPACE_SAID) and "shared memory" not in line
+    return any(message in line for message in NO_SPACE_MESSAGES) and "shared memory" not in line
 
 
 def _spawn(command: Sequence[str], output: IO[bytes], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:

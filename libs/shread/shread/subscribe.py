@@ -249,10 +249,10 @@ class SubscribeStream:
         """Reads under the budgets; returns the records with their response. If nothing comes for a while, the
         subscriber is sent the reason."""
         reservation = await BudgetReservation.reserve(self._budgets, limited.bytes_max)
-        told = replace(limited, max_wait_ms=0, known_reason=None, tell_after_ms=self._tell_after_ms)
+        reported = replace(limited, max_wait_ms=0, known_reason=None, tell_after_ms=self._tell_after_ms)
         asked_ms = self._reads.clock.monotonic_ms()
         try:
-            fetched = await fetch(self._reads, told)
+            fetched = await fetch(self._reads, reported)
             response = await self._sources[number].respond(want, fetched)
         except BaseException:
             reservation.release()

@@ -367,7 +367,7 @@ def test_which_producers_state_a_leader_gets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes_bytes", "told"),
+    ("sizes_bytes", "reported"),
     [
         ([], 0),
         ([5], 1),
@@ -380,11 +380,11 @@ def test_which_producers_state_a_leader_gets() -> None:
     ],
 )
 def test_how_many_producers_states_an_answer_tells(
-    monkeypatch: pytest.MonkeyPatch, sizes_bytes: list[int], told: int
+    monkeypatch: pytest.MonkeyPatch, sizes_bytes: list[int], reported: int
 ) -> None:
     """The first, whatever its size; none behind one that is omitted."""
     monkeypatch.setattr(sessions, "SNAPSHOTS_BYTES_MAX", 10)
-    assert sessions.reported_count(sizes_bytes) == told
+    assert sessions.reported_count(sizes_bytes) == reported
 
 
 def test_the_largest_answer_fits_into_a_message() -> None:
@@ -423,12 +423,12 @@ def test_what_a_settled_range_says_of_its_producers_follows_what_was_known() -> 
 
 
 def test_nothing_is_kept_of_producers_where_nothing_is_left_to_register() -> None:
-    said = {KEY: b"tail"}
-    assert sessions.settled_snapshots([SETTLED], WalEnds(ends={KEY: 140}, snapshots=said), {}) == [], (
+    declared = {KEY: b"tail"}
+    assert sessions.settled_snapshots([SETTLED], WalEnds(ends={KEY: 140}, snapshots=declared), {}) == [], (
         "settled elsewhere"
     )
     registered = replace(SETTLED, registered_end=150)
-    assert sessions.settled_snapshots([registered], WalEnds(ends={KEY: 150}, snapshots=said), {}) == []
+    assert sessions.settled_snapshots([registered], WalEnds(ends={KEY: 150}, snapshots=declared), {}) == []
     assert sessions.settled_snapshots([SETTLED], WalEnds(ends={KEY: 150}), {}) == []
 
 

@@ -205,7 +205,7 @@ def test_an_answer_about_other_objects_deletes_nothing(keys: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (
             {"claim_ttl_ms": 14_000},
@@ -218,8 +218,8 @@ def test_an_answer_about_other_objects_deletes_nothing(keys: list[str]) -> None:
         ({"early_retry_max_ms": 10}, r"early_retry_first_ms \(20\) must not be above early_retry_max_ms \(10\)"),
     ],
 )
-def test_settings_that_would_not_work_together_are_refused(changes: dict[str, int], said: str) -> None:
-    with pytest.raises(SettingsError, match=said):
+def test_settings_that_would_not_work_together_are_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
         SegmenterSettings.load({}, **changes)
     assert SegmenterSettings.load({}, claim_ttl_ms=15_000)
 

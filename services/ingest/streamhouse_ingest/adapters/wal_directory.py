@@ -262,11 +262,11 @@ def _opening_of(file: Path, sequence: int, address: str) -> str:
     damaged."""
     try:
         content = json.loads(file.read_text())
-        said = content["version"], content["sequence"], content["address"]
+        noted = content["version"], content["sequence"], content["address"]
         token = str(uuid.UUID(content["session_id"]))
     except (ValueError, KeyError, TypeError, AttributeError):
         return ""  # at worst, an empty range is reported as possibly lost
-    return token if said == (_OPENING_VERSION, sequence, address) else ""
+    return token if noted == (_OPENING_VERSION, sequence, address) else ""
 
 
 def _write_identity(file: Path, agent_id: str, wal_id: bytes, version: int) -> None:
