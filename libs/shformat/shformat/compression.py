@@ -152,8 +152,8 @@ def _decompress_zstd(stored: memoryview, uncompressed_bytes: int) -> bytes:
         # The library allocates what the frame says: asked first. -1: the frame does not say.
         held = zstandard.frame_content_size(stored)
         if held != uncompressed_bytes:
-            said = "does not say how many bytes it holds" if held < 0 else f"holds {held} bytes"
-            raise FormatError(f"zstd payload {said}, {uncompressed_bytes} declared")
+            size = "does not say how many bytes it holds" if held < 0 else f"holds {held} bytes"
+            raise FormatError(f"zstd payload {size}, {uncompressed_bytes} declared")
         return _zstd.decompressor.decompress(stored, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise FormatError(f"zstd payload: {error}") from error

@@ -249,12 +249,12 @@ def _check_blocks(blocks: NDArray[np.void], footer: SegmentFooter, limits: Forma
 def check_agreement(header: SegmentHeader, index: SegmentIndex) -> None:
     """Refuses a header and an index that contradict each other with FormatError."""
     first, last = index[0], index[len(index) - 1]
-    for name, said, found, at in (
+    for name, declared, found, at in (
         ("base offset", header.base_offset, first.first_offset, 36),
         ("end offset", header.end_offset, last.end_offset, 44),
         ("record count", header.record_count, index.record_count, 52),
     ):
-        if said != found:
-            raise FormatError(f"segment header says {name} {said}, the index {found}", at)
+        if declared != found:
+            raise FormatError(f"segment header says {name} {declared}, the index {found}", at)
     if last.epoch > header.epoch:
         raise FormatError(f"segment header says epoch {header.epoch}, the last block has {last.epoch}", 28)

@@ -248,11 +248,13 @@ def _service_error(error: grpc.aio.AioRpcError) -> StreamHouseError | None:
 def _transport_error(error: grpc.aio.AioRpcError, address: str, path: str, hint: str) -> StreamHouseError:
     """Returns the error for a status without a service's error. The error names the address, and gives `hint` if there
     was no connection."""
-    code, said = error.code(), error.details() or ""
-    text = f"{address}: {code.name}: {said}"
+    code, details = error.code(), error.details() or ""
+    text = f"{address}: {code.name}: {details}"
     if code in _OTHER_SERVER:
-        return _foreign(f"{address} is another server, or of another version: {code.name} for {path}: {said}", address)
-    if code is grpc.StatusCode.UNAVAILABLE and (cause := _connect_failure(said)):
+        return _foreign(
+            f"{address} is another server, or of another version: {code.name} for {path}: {details}", address
+        )
+    if code is grpc.StatusCode.UNAVAILABLE and (cause := _connect_failure(details)):
         if _OTHER_PROTOCOL.search(cause):
             return _foreign(f"{address} is no gRPC server: {cause}", address)
         return _unreachable(address, cause, hint)
@@ -268,9 +270,9 @@ def _transport_error(error: grpc.aio.AioRpcError, address: str, path: str, hint:
     return Internal(text)
 
 
-def _connect_failure(said: str) -> str | None:
+def _connect_failure(details: str) -> str | None:
     """Returns why there was no connection; None if there was one."""
-    matches = (pattern.fullmatch(said) for pattern in _NO_CONNECTION)
+    matches = (pattern.fullmatch(details) for pattern in _NO_CONNECTION)
     return next((match[1] for match in matches if match), None)
 
 
@@ -363,8 +365,8 @@ class _Endpoint:
                 await check(b"", timeout=1)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.UNAVAILABLE:
-                    said = error.details() or ""
-                    return _connect_failure(said) or said
+                    details = error.details() or ""
+                    return _connect_failure(details) or details
             return ""
 
     async def close_unused(self) -> None:
@@ -601,13 +603,13 @@ class Connection:
         something it needs (another replica may still reach PostgreSQL). Raises every other error, and the merged error
         if no address is left."""
         endpoint = self._endpoints[which]
-        said = _service_error(raw)
-        endpoint.was_reached = endpoint.was_reached or said is not None
-        error = said or _transport_error(raw, endpoint.address, path, self._hint(endpoint))
+        service_error = _service_error(raw)
+        endpoint.was_reached = endpoint.was_reached or service_error is not None
+        error = service_error or _transport_error(raw, endpoint.address, path, self._hint(endpoint))
         if not isinstance(error, (Unavailable, ShuttingDown)) or endpoint.closed:
             raise error from raw
         self._order.failed(which, _now_ms())
-        failures[which] = _Failure(error, by_service=said is not None)
+        failures[which] = _Failure(error, by_service=service_error is not None)
         if last or len(failures) == len(self.addresses):
             raise self._no_answer(failures) from raw
         await endpoint.close_unused()
@@ -619,11 +621,11 @@ class Connection:
         if len(found) == 1:
             return found[0].error
         chosen = next((failure for failure in found if failure.by_service), found[-1]).error
-        said = "; ".join(
+        message = "; ".join(
             f"{self.addresses[which]}: {failure.error.message}" if failure.by_service else failure.error.message
             for which, failure in failures.items()
         )
-        merged = type(chosen)(said, retry_after_ms=chosen.retry_after_ms, **chosen.details)
+        merged = type(chosen)(message, retry_after_ms=chosen.retry_after_ms, **chosen.details)
         if isinstance(merged, Unavailable):
             # A single attempt that may have been received makes the outcome of the whole call uncertain.
             merged.maybe_done = any(getattr(failure.error, "maybe_done", True) for failure in found)
