@@ -199,6 +199,8 @@ class Consumer(AsyncContext, AsyncIteration):
         self._commits = Commits(cursors, self._done_below, self._store, self._topic_gone)
         # Error that the next read raises: the application was silent for too long, and the consumer has left its group.
         self._silence: PollIntervalExceeded | None = None
+        self._progress_seen: object = None  # at the last check of the application's progress
+        self._silent_checks = 0
         # True from the moment when the group forgets this member, and with it processed records that are not committed,
         # until the member has joined again.
         self._has_lost = False
@@ -732,16 +734,22 @@ class Consumer(AsyncContext, AsyncIteration):
         """Leaves the group if the application asks for nothing for max_poll_interval_ms. An application that hangs
         would otherwise keep its partitions from other members for ever, because heartbeats come from a task that does
         not hang."""
-        seen, silent = self._iteration.progress(), 0
+        self._progress_seen, self._silent_checks = self._iteration.progress(), 0
         while True:
             await asyncio.sleep(self._options.max_poll_interval_ms / 1000 / POLL_CHECKS)
-            now = self._iteration.progress()
-            # Checks are counted, not time: while the whole process stands still the application cannot ask either.
-            silent = silent + 1 if now == seen and self._is_member() and not self._starts else 0
-            if silent == POLL_CHECKS:
-                await self._step_out(seen)
-                now, silent = self._iteration.progress(), 0
-            seen = now
+            await self._check_polls()
+
+    async def _check_polls(self) -> None:
+        """Makes one check of the application's progress; leaves the group at the last of POLL_CHECKS checks in a row
+        that find none."""
+        seen, now = self._progress_seen, self._iteration.progress()
+        # Checks are counted, not time: while the whole process stands still the application cannot ask either.
+        is_silent = now == seen and self._is_member() and not self._starts
+        self._silent_checks = self._silent_checks + 1 if is_silent else 0
+        if self._silent_checks == POLL_CHECKS:
+            await self._step_out(seen)
+            now, self._silent_checks = self._iteration.progress(), 0
+        self._progress_seen = now
 
     def _is_member(self) -> bool:
         return self._membership is not None and bool(self._membership.member_id)

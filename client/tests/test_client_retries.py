@@ -18,6 +18,7 @@ from shruntime.server import ServerLimits
 from streamhouse import Admin, Consumer, Producer, sync
 from streamhouse.retries import Retries
 
+from client.tests.client_deadlines import let_delivery_timeout_pass, let_retry_timeout_pass
 from tests.platform.cluster import Cluster
 
 BOOTSTRAP = ["a:1", "b:2"]
@@ -361,23 +362,25 @@ ADVERTISED = r"cannot connect to no-such-host\.invalid:7070: .*STREAMHOUSE_ADVER
 async def test_a_leader_out_of_reach_is_told_at_once_and_in_the_end(caplog, platform):
     await platform.create_topic("t", 1)
     platform.advertise(leader="no-such-host.invalid:7070")
-    async with Producer(platform.address, delivery_timeout_ms=5_000) as producer:
+    async with Producer(platform.address, delivery_timeout_ms=600_000) as producer:
         future = await producer.send("t", b"x")
         while not re.search(ADVERTISED, caplog.text):
             assert not future.done(), "the warning comes before the end"
             await asyncio.sleep(0.01)
-        with pytest.raises(Unavailable, match=f"delivery_timeout_ms = 5000; last error: {ADVERTISED}"):
+        let_delivery_timeout_pass(producer)
+        with pytest.raises(Unavailable, match=f"delivery_timeout_ms = 600000; last error: {ADVERTISED}"):
             await future
 
 
 async def test_a_query_service_out_of_reach_is_told_at_once_and_in_the_end(caplog, platform):
     await platform.create_topic("t", 1)
     platform.advertise(readers=["no-such-host.invalid:7070"])
-    async with Consumer(platform.address, ["t"], start=0, retry_timeout_ms=5_000) as consumer:
+    async with Consumer(platform.address, ["t"], start=0, retry_timeout_ms=600_000) as consumer:
         reading = asyncio.create_task(anext(consumer))
         while not re.search(ADVERTISED, caplog.text):
             assert not reading.done(), "the warning comes before the end"
             await asyncio.sleep(0.01)
+        let_retry_timeout_pass(consumer)
         with pytest.raises(Unavailable, match=ADVERTISED):
             await reading
 
