@@ -1378,6 +1378,7 @@ async def test_before_start_the_api_says_so(tmp_path: Path, world: World):
 # ---- sealed buffers
 
 
+@pytest.mark.usefixtures("no_time_passes")
 async def test_many_partitions_share_one_announcement(tmp_path: Path, world: World):
     await world.create_topic("orders", 20)
     async with running(tmp_path, world.coordinator, seal_age_ms=100) as service:
@@ -1396,6 +1397,7 @@ async def test_an_announcement_is_repeated_until_it_is_heard(tmp_path: Path, wor
         await eventually(lambda: world.buffers)
 
 
+@pytest.mark.usefixtures("no_time_passes")
 async def test_what_is_left_of_a_buffer_registered_in_part_is_announced_anew(
     tmp_path: Path, world: World, orders: bytes
 ):
