@@ -1,4 +1,4 @@
-"""Rows of more than three fields are made by keyword: two integers that change places pass every other check."""
+"""Dataclasses of more than three fields are made by keyword: two integers that change places pass every other check."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -51,13 +51,13 @@ def positional_rows(found: Mapping[str, str]) -> list[str]:
     ]
 
 
-def test_rows_are_made_by_keyword() -> None:
+def test_dataclasses_are_made_by_keyword() -> None:
     found = sources()
     assert sum(len(list(_dataclasses(ast.parse(source)))) for source in found.values()) > 100, "the rule sees rows"
     assert not (rows := positional_rows(found)), "\n".join(rows)
 
 
-def test_a_planted_row_is_seen() -> None:
+def test_a_planted_dataclass_is_seen() -> None:
     fields = "    a: int\n    b: int\n    c: int\n"
     planted = (
         f"@dataclass(frozen=True)\nclass Row:\n{fields}    d: int = 0\n"

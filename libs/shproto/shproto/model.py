@@ -24,8 +24,7 @@ class Range:
     Registered segments cover the range up to `registered_end`. `end_offset` is set once the range is settled or lost:
     no offset at or beyond it was acknowledged. `acknowledged_end` is set if the range's log came back without records
     that were acknowledged up to there. `agent_id` and `wal_id` are empty while no agent holds the range, as after a
-    restore. `orphaned_ms`: time at which the range lost its leader; 0: never, or not known, as in
-    an index.
+    restore. `orphaned_ms`: time at which the range lost its leader; 0: never, or not known, as in an index.
     """
 
     epoch: int

@@ -30,7 +30,7 @@ def retain(
     return LogStartMoved(
         topic_id=topic.topic_id,
         partition=partition.partition,
-        # The log may start inside the last of these segments, where records were deleted up to an offset.
+        # Never back: records may have been deleted beyond these segments.
         log_start_offset=max(partition.log_start_offset, removed[-1].end_offset),
         removed_segment_ids=tuple(segment.segment_id for segment in removed),
         why=",".join(sorted(reasons)),

@@ -174,7 +174,7 @@ def _truncated(row: RangeRow, log_end: int, acknowledged_end: int) -> list[Event
     """Returns the events for a log that lacks announced records: an older copy of the log came back, and the rest may
     still exist."""
     events: list[Event] = end_leadership([row], durable_topics=())
-    # Told once, however often the same log is opened again.
+    # Reported once, however often the same log is opened again.
     if row.acknowledged_end != acknowledged_end:
         events.append(
             LogFoundTruncated(
