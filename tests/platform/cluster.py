@@ -3,7 +3,7 @@ their real parts over stores in memory; the write-ahead log and the cache are in
 
 Owns: the services and their server. Does not own: the loop they run on, the directory.
 Invariants: services call each other directly; faults concern what comes over the server alone. Nothing happens to
-leadership and group members by itself: their leases last for minutes, and nobody sweeps.
+leadership and group members by itself: their leases last for minutes, and no sweeper runs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tests.platform.platform import Platform
 MIB = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupState:
     """A group as the coordinator has it. `owned`: names of partitions, by member. `offsets`, `metadata`: those that are
     committed, by (topic, partition)."""
@@ -95,8 +95,13 @@ class Cluster(Platform):
         return self.server.address
 
     async def start(self) -> None:
-        await self.start_services()
-        await self.server.start()
+        """Starts all services and the server; a start that fails stops those that were started."""
+        try:
+            await self.start_services()
+            await self.server.start()
+        except BaseException:
+            await self.stop()
+            raise
 
     async def start_services(self) -> None:
         """Starts all but the server, which takes its port."""
@@ -167,8 +172,9 @@ class Cluster(Platform):
     def forget_batches(self, topic: str, partition: int, from_offset: int) -> None:
         """Has the agent forget who wrote the batches of its epoch from an offset on, as a leader that never had
         them."""
-        logs = self.ingest.agent.running().logs
-        (epoch,) = {row.epoch for row in self.rows(t.RANGES) if row.partition == partition and row.status == t.OPEN}
+        logs, topic_id = self.ingest.agent.running().logs, self._topic(topic).topic_id
+        ranges = [row for row in self.rows(t.RANGES) if (row.topic_id, row.partition) == (topic_id, partition)]
+        (epoch,) = {row.epoch for row in ranges if row.status == t.OPEN}
         logs.producers((self.topic_id(topic), partition)).forget(epoch, from_offset, 1 << 62)
 
     async def change_leader(self, topic: str) -> None:
