@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter, defaultdict
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -24,10 +24,12 @@ from shproto.errors import StreamHouseError, Unavailable
 from shproto.v1 import ingest_pb2, query_pb2
 from shruntime.tasks import cancel_and_wait
 
+from tests.platform.by_method import ByMethod
+
 PRODUCE = "produce"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Fault:
     """`errors`: of the next calls. `error`: of all calls behind them. `after`: calls or responses until a cut."""
 
@@ -63,13 +65,19 @@ class _Fault:
 
 class Faults:
     """`calls`: calls that have come, by method. `requests`: those of unary methods and of `produce` that have come;
-    `answered`: those of unary methods that the service has answered."""
+    `answered`: those of unary methods that the service has answered. `duplicates`: batches of produce streams that the
+    service knew. A name of no method that is served raises KeyError."""
 
     def __init__(self) -> None:
-        self.calls: Counter[str] = Counter()
-        self.requests: dict[str, list[Any]] = defaultdict(list)
-        self.answered: dict[str, list[Any]] = defaultdict(list)
-        self._of: dict[str, _Fault] = defaultdict(_Fault)
+        self._methods = {PRODUCE}
+        self.duplicates = 0
+        self.calls: ByMethod[int] = ByMethod(self._is_method, int)
+        self.requests: ByMethod[list[Any]] = ByMethod(self._is_method, list)
+        self.answered: ByMethod[list[Any]] = ByMethod(self._is_method, list)
+        self._of: ByMethod[_Fault] = ByMethod(self._is_method, _Fault)
+
+    def _is_method(self, name: str) -> bool:
+        return name in self._methods
 
     # ---- switches, by method
 
@@ -126,12 +134,14 @@ class Faults:
 
     def mend(self, method: str) -> None:
         """Ends all faults of the method."""
-        self._of.pop(method, None)
+        if method in self._of:
+            del self._of[method]
 
     # ---- calls
 
     def served(self, descriptor: ServiceDescriptor, api: Any) -> Any:
         """Returns the API with the faults in front."""
+        self._methods |= {_snake_case(method.name) for method in descriptor.methods}
         return _Served(self, descriptor, api)
 
     async def unary(self, method: str, call: Callable[[Any], Awaitable[Any]], request: Any) -> Any:
@@ -224,10 +234,14 @@ class Faults:
                     raise answer
                 if turn is not None:
                     raise Unavailable("cut")
-                self.calls["duplicates"] += answer.duplicate
+                self.duplicates += answer.duplicate
                 yield answer
         finally:
             await cancel_and_wait(pumping)
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 _END = object()
@@ -242,7 +256,7 @@ class _Served:
     def __init__(self, faults: Faults, descriptor: ServiceDescriptor, api: Any) -> None:
         self._faults = faults
         self._api = api
-        self._streams = {method.name for method in descriptor.methods if method.server_streaming}
+        self._streams = {_snake_case(method.name) for method in descriptor.methods if method.server_streaming}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -250,6 +264,6 @@ class _Served:
         method, faults = getattr(self._api, name), self._faults
         if name == "produce_stream":
             return lambda requests: faults.produce_stream(method, requests)
-        if "".join(part.title() for part in name.split("_")) in self._streams:
+        if name in self._streams:
             return lambda request: faults.stream(name, method, request)
         return lambda request: faults.unary(name, method, request)

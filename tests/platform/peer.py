@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
 from shproto.errors import Unavailable
+
+from tests.platform.by_method import ByMethod
 
 
 class Held:
@@ -37,20 +38,24 @@ class Held:
 class Peer:
     """`down`: calls are refused as Unavailable, with `name` in the message. `calls` counts those that reached the
     service, by method, `refused` the others; `requests` and `answers`: of all unary calls that were answered.
-    `slow_ms`: how much later the answers of a unary method come, by method."""
+    `slow_ms`: how much later the answers of a unary method come, by method. A name that is no method of the
+    service raises KeyError."""
 
     def __init__(self, api: Any, name: str) -> None:
         self.api = api
         self.name = name
         self.down = False
-        self.slow_ms: dict[str, int] = {}
-        self.calls: Counter[str] = Counter()
-        self.refused: Counter[str] = Counter()
-        self.requests: dict[str, list[Any]] = defaultdict(list)
-        self.answers: dict[str, list[Any]] = defaultdict(list)
-        self._lost_answers: Counter[str] = Counter()
-        self._held_requests: dict[str, Held] = {}
-        self._held_answers: dict[str, Held] = {}
+        self.slow_ms: ByMethod[int] = ByMethod(self._is_method, int)
+        self.calls: ByMethod[int] = ByMethod(self._is_method, int)
+        self.refused: ByMethod[int] = ByMethod(self._is_method, int)
+        self.requests: ByMethod[list[Any]] = ByMethod(self._is_method, list)
+        self.answers: ByMethod[list[Any]] = ByMethod(self._is_method, list)
+        self._lost_answers: ByMethod[int] = ByMethod(self._is_method, int)
+        self._held_requests: ByMethod[Held] = ByMethod(self._is_method, Held)
+        self._held_answers: ByMethod[Held] = ByMethod(self._is_method, Held)
+
+    def _is_method(self, name: str) -> bool:
+        return hasattr(self.api, name)
 
     def lose_answers(self, name: str, count: int = 1) -> None:
         """Loses the next answers of a unary method: the service has done what it was asked for, and the call fails as
@@ -59,13 +64,13 @@ class Peer:
 
     def hold(self, name: str) -> Held:
         """Holds the requests of a unary method on their way to the service, from now on."""
-        self._held_requests[name] = Held()
-        return self._held_requests[name]
+        self._held_requests[name] = held = Held()
+        return held
 
     def hold_answers(self, name: str) -> Held:
         """Holds the answers of a unary method: the service has done what it was asked for."""
-        self._held_answers[name] = Held()
-        return self._held_answers[name]
+        self._held_answers[name] = held = Held()
+        return held
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
