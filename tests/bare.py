@@ -1,4 +1,4 @@
-"""Python processes in which only the base dependencies can be imported, as after a plain `pip install streamhouse`."""
+"""Python processes in which only the base dependencies can be imported, as after a plain `pip install .`."""
 
 import functools
 import sys

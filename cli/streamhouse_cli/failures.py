@@ -30,7 +30,7 @@ def explain(error: Exception, context: Mapping[str, str]) -> str | None:
         return one_line(_explain_os_error(error))
     if isinstance(error, OSError | FormatError | MissingExtra) or _is_of_loaded(error):
         return one_line(str(error))
-    if isinstance(error, ModuleNotFoundError) and _is_installed_with_server(error.name or ""):
+    if isinstance(error, ModuleNotFoundError) and is_installed_with_server(error.name or ""):
         return str(MissingExtra("this command", error.name or "", "server"))
     return None
 
@@ -42,7 +42,7 @@ def _is_of_loaded(error: Exception) -> bool:
     return any(name in sys.modules and isinstance(error, getattr(sys.modules[name], kind)) for name, kind in kinds)
 
 
-def _is_installed_with_server(module: str) -> bool:
+def is_installed_with_server(module: str) -> bool:
     """True for a module of a package, or in a namespace, that is not installed: beyond the base dependencies commands
     import packages of `server`, and zstd and Arrow, whose absence is a MissingExtra already. A module that is missing
     in an installed package, as ours are, is a defect."""

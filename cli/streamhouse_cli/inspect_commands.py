@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from streamhouse_cli.failures import CliError
+from streamhouse_cli.failures import CliError, is_installed_with_server
 from streamhouse_cli.inspect_files import describe_segment_file, describe_segment_object, describe_wal
 from streamhouse_cli.options import CONFIG_FILE, json_option
 from streamhouse_cli.output import print_json, print_table, show_bytes, show_time
@@ -62,7 +62,15 @@ def inspect_segment(
 
 def _from_store(key: str, store_dir: str | None, config: str | None) -> dict[str, Any]:
     async def call() -> dict[str, Any]:
-        store = store_of(f"{key} is no file here; for an object key say where the store is", store_dir, config)
+        try:
+            store = store_of(f"{key} is no file here; for an object key say where the store is", store_dir, config)
+        except ModuleNotFoundError as error:
+            if not is_installed_with_server(error.name or ""):
+                raise
+            from shformat import MissingExtra
+
+            what = f"{key} is no file here; for a key of the object store this command"
+            raise MissingExtra(what, error.name or "", "server") from error
         try:
             return await describe_segment_object(key, store)
         finally:

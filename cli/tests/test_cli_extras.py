@@ -1,4 +1,4 @@
-"""The command line after a plain `pip install streamhouse`: what talks to a running cluster works, and a command that
+"""The command line after a plain `pip install .`: what talks to a running cluster works, and a command that
 needs more names the extra in one line."""
 
 import asyncio
@@ -21,7 +21,11 @@ with Consumer(sys.argv[1], ["t"], stop_at_end=True) as consumer:
         print([record.value for record in batch])
         batch.to_arrow()
 """
-SERVER = "pip install 'streamhouse[server]'"
+SERVER = "pip install '.[server]' in a checkout of StreamHouse"
+ZSTD = (
+    "zstd compression needs zstandard, which is not installed: pip install zstandard, or '.[zstd]' in a checkout of "
+    "StreamHouse"
+)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -66,6 +70,13 @@ def test_a_command_whose_extra_is_missing_names_it_in_one_line(arguments: list[s
     assert done.stderr.count("\n") == 1
 
 
+def test_a_file_that_is_not_there_is_said_before_the_extra_that_a_key_needs() -> None:
+    done = run("segment", "inspect", "typo.seg")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: typo.seg is no file here; for a key of the object store this command needs ")
+    assert done.stderr.endswith(f" is not installed: {SERVER}\n") and done.stderr.count("\n") == 1
+
+
 def test_a_module_of_ours_that_is_missing_keeps_its_traceback() -> None:
     source = (
         f"import click, streamhouse_cli.app as app\n@app.cli.command\ndef broken(): import streamhouse.nothing\n{MAIN}"
@@ -87,7 +98,7 @@ async def test_zstd_without_its_package_is_refused_before_anything_is_sent(platf
     arguments = ["produce", "t", "--compression", "zstd", "--bootstrap", address]
     code, _, err = await run_beside(MAIN, *arguments, stdin=b"a\n")
     assert code == 1
-    assert err == ("error: zstd compression needs zstandard, which is not installed: pip install 'streamhouse[zstd]'\n")
+    assert err == f"error: {ZSTD}\n"
 
 
 async def test_records_in_zstd_end_a_consumer_that_has_no_zstd_and_say_why(platform, address) -> None:
@@ -96,7 +107,7 @@ async def test_records_in_zstd_end_a_consumer_that_has_no_zstd_and_say_why(platf
         await producer.send_and_wait("t", b"x" * 1000)
     code, out, err = await run_beside(MAIN, "consume", "t", "--from", "earliest", "--bootstrap", address)
     assert (code, out) == (1, "")
-    assert err == ("error: zstd compression needs zstandard, which is not installed: pip install 'streamhouse[zstd]'\n")
+    assert err == f"error: {ZSTD}\n"
 
 
 async def test_to_arrow_without_pyarrow_names_the_extra(platform, address) -> None:
@@ -105,7 +116,8 @@ async def test_to_arrow_without_pyarrow_names_the_extra(platform, address) -> No
         await producer.send_and_wait("t", b"a")
     code, out, err = await run_beside(READ, address)
     assert (code, out) == (1, "[b'a']\n")
-    assert err.endswith("to_arrow() needs pyarrow, which is not installed: pip install 'streamhouse[arrow]'\n")
+    how = "pip install pyarrow, or '.[arrow]' in a checkout of StreamHouse"
+    assert err.endswith(f"to_arrow() needs pyarrow, which is not installed: {how}\n")
 
 
 def test_a_missing_package_is_no_error_of_the_services() -> None:

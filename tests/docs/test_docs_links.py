@@ -30,6 +30,12 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_no_page_installs_the_package_of_our_name_from_an_index(page: Path) -> None:
+    """The one in PyPI is another project: pages install a checkout, `'.[extra]'`, or a wheel."""
+    assert not re.findall(r"pip install [^`\n]*\bstreamhouse(?=[\s`'\[]|$)", page.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text()))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):

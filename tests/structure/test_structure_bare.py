@@ -1,10 +1,11 @@
-"""A plain `pip install streamhouse` brings few packages: the SDK and the command line load with them alone."""
+"""A plain `pip install .` brings few packages: the SDK and the command line load with them alone."""
 
 import subprocess
 import sys
 import tomllib
 
 import pytest
+from shformat.errors import EXTRAS_OF_ONE_PACKAGE
 
 from tests.bare import OURS, ROOT, bare, base_distributions
 
@@ -58,5 +59,6 @@ def test_everything_a_service_needs_comes_with_server() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert extras["all"] == ["streamhouse[arrow,server,zstd]"]
     assert set(extras["zstd"]) <= set(extras["server"])
+    assert all(len(extras[name]) == 1 for name in EXTRAS_OF_ONE_PACKAGE)
     assert all("streamhouse[all]" in extras[name] for name in ("demo", "test"))
     assert extras.keys() == {"all", "arrow", "demo", "dev", "fuzz", "peers", "server", "test", "zstd"}

@@ -33,13 +33,18 @@ class ValueOutOfRange(FormatError):
         return type(self), (self.field, self.value, self.least, self.most, self.at)
 
 
+EXTRAS_OF_ONE_PACKAGE = ("arrow", "zstd")
+"""Extras that bring what is named as missing and nothing else, so that installing that package is enough."""
+
+
 class MissingExtra(ModuleNotFoundError):
     """`user` needs a package that is not installed, because the distribution was installed without `extra`."""
 
     def __init__(self, user: str, package: str, extra: str) -> None:
-        super().__init__(
-            f"{user} needs {package}, which is not installed: pip install 'streamhouse[{extra}]'", name=package
-        )
+        # Not 'streamhouse[extra]': the package of that name in public indexes is another project.
+        alone = f"{package}, or " if extra in EXTRAS_OF_ONE_PACKAGE else ""
+        how = f"pip install {alone}'.[{extra}]' in a checkout of StreamHouse"
+        super().__init__(f"{user} needs {package}, which is not installed: {how}", name=package)
         self.user = user
         self.package = package
         self.extra = extra
