@@ -285,7 +285,7 @@ class EmbeddedPostgres:
         if match is None or match[1] != made_by:
             raise PostgresError(
                 f"the data in {self.data_dir} are of PostgreSQL {made_by}, the programs in {bin_dir} say {version!r}: "
-                f"set pg_bin_dir to a directory with those of PostgreSQL {made_by}"
+                f"set STREAMHOUSE_PG_BIN_DIR to a directory with those of PostgreSQL {made_by}"
             )
 
     def _output_of(self, command: Sequence[str], user: RunAs) -> str:

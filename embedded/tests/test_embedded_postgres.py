@@ -299,7 +299,9 @@ async def test_a_directory_of_other_files_is_refused(base: Path) -> None:
 
 
 async def test_missing_binaries(base: Path) -> None:
-    with pytest.raises(PostgresError, match=r"pg_bin_dir .*/nowhere has no initdb and postgres"):
+    with pytest.raises(
+        PostgresError, match=r"pg_bin_dir \(STREAMHOUSE_PG_BIN_DIR\) .*/nowhere has no initdb and postgres"
+    ):
         await EmbeddedPostgres(base / "pg", bin_dir=base / "nowhere").start()
 
 

@@ -7,6 +7,7 @@ a SettingsError that names it. `docs/settings.md` is generated from these classe
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -206,13 +207,20 @@ class CommonSettings(BaseSettings):
             if item["type"] == "default_factory_not_called":
                 continue  # a default derived from a wrong setting
             if not item["loc"]:  # several settings together: the input is all of them, secrets included
-                parts.append(item["msg"].removeprefix("Value error, "))
+                parts.append(cls._with_variables(item["msg"].removeprefix("Value error, ")))
                 continue
             name = ".".join(str(part) for part in item["loc"])
             field = cls.model_fields.get(name)
             value = f" = {item.get('input')!r}" if field is None or field.repr else ""
             parts.append(f"{name} ({PREFIX}{name.upper()}){value}: {item['msg'].removeprefix('Value error, ')}")
         return f"settings of {cls.service}: " + "; ".join(parts)
+
+    @classmethod
+    def _with_variables(cls, text: str) -> str:
+        """Returns the text with the variables of the settings it names, in the order of their first mention."""
+        names = dict.fromkeys(name for name in re.findall(r"[a-z0-9_]*_[a-z0-9_]*", text) if name in cls.model_fields)
+        variables = ", ".join(PREFIX + name.upper() for name in names)
+        return f"{text} ({variables})" if variables else text
 
     @classmethod
     def _from_variables(cls, environ: Mapping[str, str]) -> dict[str, Any]:

@@ -124,4 +124,5 @@ class FittingSettings(ProbeSettings):
 def test_settings_that_do_not_fit_together_are_named_without_all_the_others() -> None:
     with pytest.raises(SettingsError) as caught:
         FittingSettings.load({}, probe_bytes_max=7, probe_password="secret")
-    assert str(caught.value) == "settings of fitting: probe_bytes_max (7) does not fit"
+    said = "settings of fitting: probe_bytes_max (7) does not fit (STREAMHOUSE_PROBE_BYTES_MAX)"
+    assert str(caught.value) == said

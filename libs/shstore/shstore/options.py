@@ -80,7 +80,9 @@ class StoreOptions:
         check_prefix(self.prefix)
         size_bytes = len(self.prefix.encode())
         if size_bytes > PREFIX_BYTES_MAX:
-            raise StoreInvalid(f"store prefix has {size_bytes} bytes, over the limit of {PREFIX_BYTES_MAX}")
+            raise StoreInvalid(
+                f"store prefix has {size_bytes} bytes, over the limit of {PREFIX_BYTES_MAX} (STREAMHOUSE_S3_PREFIX)"
+            )
 
     def _check_kind(self) -> None:
         if self.kind == "local" and self.path is None:
@@ -94,9 +96,14 @@ class StoreOptions:
         if not self.bucket:
             raise StoreInvalid("store bucket is missing, but an S3 store needs one")
         if self.endpoint is not None and not re.match(r"https?://[^/\s]+", self.endpoint):
-            raise StoreInvalid(f"store endpoint is {self.endpoint!r}, but must be a http:// or https:// URL")
+            raise StoreInvalid(
+                f"store endpoint is {self.endpoint!r}, but must be a http:// or https:// URL (STREAMHOUSE_S3_ENDPOINT)"
+            )
         if (self.access_key is None) != (self.secret_key is None):
-            raise StoreInvalid("store access_key and secret_key must be given both or neither")
+            raise StoreInvalid(
+                "store access_key and secret_key (STREAMHOUSE_S3_ACCESS_KEY, STREAMHOUSE_S3_SECRET_KEY) must be given "
+                "both or neither"
+            )
         if self.multipart_part_bytes < S3_PART_BYTES_MIN:
             raise StoreInvalid(
                 f"store multipart_part_bytes is {self.multipart_part_bytes}, below S3's minimum of {S3_PART_BYTES_MIN}"
@@ -104,5 +111,6 @@ class StoreOptions:
         if self.multipart_threshold_bytes < self.multipart_part_bytes:
             raise StoreInvalid(
                 f"store multipart_threshold_bytes is {self.multipart_threshold_bytes}, "
-                f"below multipart_part_bytes = {self.multipart_part_bytes}"
+                f"below multipart_part_bytes = {self.multipart_part_bytes} (STREAMHOUSE_S3_MULTIPART_THRESHOLD_BYTES, "
+                "STREAMHOUSE_S3_MULTIPART_PART_BYTES)"
             )

@@ -48,7 +48,10 @@ def store_error(exc: Exception, operation: str, key: str | None, settings: Store
     if isinstance(exc, ClientError):
         return _response_error(exc, where, key, settings)
     if isinstance(exc, _NO_CREDENTIALS):
-        return StoreDenied(f"{where}: {exc}; set access_key and secret_key, or boto's usual sources")
+        return StoreDenied(
+            f"{where}: {exc}; set STREAMHOUSE_S3_ACCESS_KEY and STREAMHOUSE_S3_SECRET_KEY, or boto's usual sources; or "
+            "STREAMHOUSE_STORE_DIR, for a directory in place of S3"
+        )
     if isinstance(exc, ParamValidationError | ValidationError):
         return StoreInvalid(f"{where}: {exc}")
     return StoreUnavailable(f"{where}: {exc or type(exc).__name__}")

@@ -57,7 +57,9 @@ async def test_no_credentials(s3_settings: StoreOptions, monkeypatch: pytest.Mon
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     store = S3Store(dataclasses.replace(s3_settings, access_key=None, secret_key=None))
-    with pytest.raises(StoreDenied, match="set access_key and secret_key"):
+    with pytest.raises(
+        StoreDenied, match=r"set STREAMHOUSE_S3_ACCESS_KEY and STREAMHOUSE_S3_SECRET_KEY, .* STREAMHOUSE_STORE_DIR"
+    ):
         await store.check()
     await store.close()
 

@@ -44,15 +44,18 @@ def test_a_key_is_accepted_or_refused_never_worse(key: str) -> None:
         ({"kind": "ftp"}, "store kind is 'ftp'"),
         ({"kind": "local", "path": None}, "store path is missing"),
         ({"kind": "local", "path": Path("x"), "prefix": "../up"}, r"contains the component '\.\.'"),
-        ({"prefix": "p" * 257}, "store prefix has 257 bytes, over the limit of 256"),
+        ({"prefix": "p" * 257}, r"store prefix has 257 bytes, over the limit of 256 \(STREAMHOUSE_S3_PREFIX\)"),
         ({"kind": "memory", "prefix": "p"}, "store prefix is set"),
         ({"bucket": ""}, "store bucket is missing"),
-        ({"endpoint": "localhost:9000"}, "store endpoint is 'localhost:9000'"),
-        ({"secret_key": None}, "access_key and secret_key"),
+        ({"endpoint": "localhost:9000"}, r"store endpoint is 'localhost:9000'.*\(STREAMHOUSE_S3_ENDPOINT\)"),
+        ({"secret_key": None}, r"access_key and secret_key \(STREAMHOUSE_S3_ACCESS_KEY, STREAMHOUSE_S3_SECRET_KEY\)"),
         ({"max_connections": 0}, "store max_connections is 0"),
         ({"read_timeout_ms": -1}, "store read_timeout_ms is -1"),
         ({"multipart_part_bytes": 1000}, "multipart_part_bytes is 1000, below S3's minimum of 5242880"),
-        ({"multipart_threshold_bytes": 6_000_000}, "multipart_threshold_bytes is 6000000, below multipart_part"),
+        (
+            {"multipart_threshold_bytes": 6_000_000},
+            "multipart_threshold_bytes is 6000000, .*STREAMHOUSE_S3_MULTIPART_PART_BYTES",
+        ),
     ],
 )
 def test_a_bad_setting_names_itself(changes: dict[str, Any], message: str) -> None:

@@ -182,7 +182,7 @@ async def test_heartbeats_extend_ranges_that_run_out(api: CoordinatorApi, open_a
 
 async def test_agent_ids_belong_to_one_log(api: CoordinatorApi, open_agent: Any) -> None:
     agent = await open_agent(api, "a")
-    with pytest.raises(AgentIdTaken):
+    with pytest.raises(AgentIdTaken, match=r"give this agent another id \(STREAMHOUSE_AGENT_ID\)"):
         await open_agent(api, "a")
     await agent.close()
     await open_agent(api, "a")

@@ -110,7 +110,7 @@ async def test_two_live_workers_do_not_take_each_others_claims(api: CoordinatorA
     host, port = listening.sockets[0].getsockname()
     await open_worker(api, "w", f"{host}:{port}")
     held = await claim(api, "w")
-    with pytest.raises(AgentIdTaken, match="give this one another id"):
+    with pytest.raises(AgentIdTaken, match=r"give this one another id \(STREAMHOUSE_WORKER_ID\)"):
         await open_worker(api, "w", "127.0.0.1:2")
     await api.renew_claim(pb.RenewClaimRequest(claim_id=held, claim_ttl_ms=1000))
     listening.close()

@@ -104,7 +104,7 @@ def open_session(
         elif other.session_id in live:
             raise AgentIdTaken(
                 f"agent id {opened.agent_id!r} is in use by a live agent at {other.address} with another write-ahead "
-                "log; give this agent another id",
+                "log; give this agent another id (STREAMHOUSE_AGENT_ID)",
                 agent_id=opened.agent_id,
                 address=other.address,
             )
@@ -128,9 +128,10 @@ def open_session(
 def agent_id_taken(rival: SessionRow) -> AgentIdTaken:
     """Returns the refusal for a session that would replace a live process."""
     what = "write-ahead log" if rival.role == INGEST else "id"
+    setting = "STREAMHOUSE_WORKER_ID" if rival.role == SEGMENTER else "STREAMHOUSE_AGENT_ID"
     return AgentIdTaken(
         f"the {what} of {rival.role} {rival.agent_id!r} is in use by a live process at {rival.address}; "
-        + ("one of the two works on a copy" if rival.role == INGEST else "give this one another id"),
+        + ("one of the two works on a copy" if rival.role == INGEST else f"give this one another id ({setting})"),
         agent_id=rival.agent_id,
         address=rival.address,
     )
