@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 def backup(only_list: bool, keep: int | None, data_dir: str | None, config: str | None, as_json: bool) -> None:
     """Write all metadata, as of one moment, into the object store: below backup/, beside the records.
 
-    Everything may go on running. Needs PostgreSQL and the store, but no service: --data-dir, or what a coordinator
-    and a segmenter are given (STREAMHOUSE_PG_DSN, STREAMHOUSE_S3_*). `streamhouse restore` brings it back.
+    Everything may go on running. Needs PostgreSQL and the store, but no service: --data-dir, or what a coordinator and
+    a segmenter are given (STREAMHOUSE_PG_DSN; STREAMHOUSE_S3_* or STREAMHOUSE_STORE_DIR). `streamhouse restore` brings
+    it back.
     """
     from streamhouse_coordinator.recovery.backup_format import BackupDamaged
 

@@ -30,7 +30,7 @@ async def metadata_of(data_dir: str | None, config: str | None, *, alone: bool) 
     load_all_settings()
     os.environ.update(environ_with(data_dir=data_dir, config=config))
     directory = objects_of(data_dir) if data_dir is not None else None
-    store = store_of("say where the object store is", directory, config)
+    store = store_of("say where the object store is", directory, config, named_by="STREAMHOUSE_STORE_DIR")
     try:
         await store.check()
         async with _database(data_dir, config, alone=alone) as pg_dsn:

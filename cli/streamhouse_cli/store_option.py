@@ -27,9 +27,12 @@ def objects_of(data_dir: str) -> str:
     return str(Path(data_dir) / OBJECTS_DIR)
 
 
-def store_of(question: str, store_dir: str | None, config: str | None) -> RetryingStore:
+def store_of(
+    question: str, store_dir: str | None, config: str | None, *, named_by: str = "--store-dir"
+) -> RetryingStore:
     """Returns the store in a local directory, or the bucket of STREAMHOUSE_S3_*. Raises CliError that begins with
-    `question` if neither is named, and for a directory without a store; SettingsError, StoreError."""
+    `question` if neither is named, and for a directory without a store; SettingsError, StoreError. `named_by`: the
+    option or variable with which the command's user names a directory."""
     from shstore.open import configured_store
     from shstore.settings import StoreSettings
 
@@ -39,7 +42,7 @@ def store_of(question: str, store_dir: str | None, config: str | None) -> Retryi
     environ = environ_with(store_dir=store_dir, config=config)
     settings = StoreSettings.load(environ)
     if not (settings.store_dir or config or any(name.startswith("STREAMHOUSE_S3_") for name in environ)):
-        raise CliError(f"{question}: --data-dir (of `streamhouse serve`), --store-dir or STREAMHOUSE_S3_*")
+        raise CliError(f"{question}: --data-dir (of `streamhouse serve`), {named_by} or STREAMHOUSE_S3_*")
     # Commands work on directories that services have made. In any other the store would create its own at a request.
     if settings.store_dir and not (Path(settings.store_dir) / STORED_DIR).is_dir():
         raise CliError(f"{settings.store_dir} is no object store of StreamHouse: it has no directory {STORED_DIR}")

@@ -454,6 +454,15 @@ def test_a_key_without_a_store_says_what_is_missing() -> None:
     assert "--store-dir or STREAMHOUSE_S3_*" in result.stderr
 
 
+@pytest.mark.parametrize("command", ["backup", "backup --list", "restore --dry-run"])
+def test_a_command_without_a_store_names_what_it_takes(command: str) -> None:
+    """Neither has an option --store-dir."""
+    result = run(*command.split())
+    assert result.exit_code == 1
+    said = "--data-dir (of `streamhouse serve`), STREAMHOUSE_STORE_DIR or STREAMHOUSE_S3_*"
+    assert result.stderr == f"error: say where the object store is: {said}\n"
+
+
 def test_wal_directory_is_drawn_in_order(tmp_path: Path) -> None:
     for name, frames in (("00000000000000000002.wal", 1), ("00000000000000000001.wal", 50)):
         (tmp_path / name).write_bytes(wal_bytes(frames))
