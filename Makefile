@@ -36,7 +36,7 @@ test-all: $(VENV)/.ready-dev ## All tests, as CI runs them; says what was skippe
 
 # The mark chooses the tests. The search only spares the import of files without it: to collect all of them takes a
 # worker 20 s of CPU time, a third of the minute.
-quick: $(VENV)/.ready-dev ## Tests of formats and decisions, in a minute: no sockets, no processes
+quick: $(VENV)/.ready-dev ## Tests of formats and decisions, in a minute or two: no sockets, no processes
 	$(PYTEST) -m 'quick and not long' $(or $(ARGS),$$(grep -rl --include='test_*.py' mark.quick libs services client cli tests))
 
 check: $(VENV)/.ready-dev ## What CI checks: format, lint, types, generated files, docstrings

@@ -3,6 +3,7 @@
 `batches()` hands over columns as they were stored, without an object per record; `to_arrow()` copies no bytes. Here the
 values are JSON: Arrow's reader takes them apart, all at once.
 
+    pip install pyarrow           # if the extra `arrow` is not installed
     python examples/to_arrow.py
     pip install polars duckdb     # for the last two parts
 """
@@ -10,12 +11,16 @@ values are JSON: Arrow's reader takes them apart, all at once.
 import argparse
 import importlib.util
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.json
-import pyarrow.parquet
 from streamhouse import json_serializer
 from streamhouse.sync import Admin, Consumer, Producer
+
+try:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.json
+    import pyarrow.parquet
+except ModuleNotFoundError:
+    raise SystemExit("pyarrow is not here: pip install pyarrow") from None
 
 TOPIC = "example-trips"
 

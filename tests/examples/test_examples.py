@@ -21,6 +21,8 @@ from streamhouse import Record
 from streamhouse.sync import Admin, Consumer, Producer
 from streamhouse_cli.serve import DEFAULT_ADDRESS
 
+from tests.bare import bare
+
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -316,6 +318,13 @@ def test_read_by_time(examples: Examples) -> None:
     assert len(out.splitlines()) == 31
     assert out.startswith("10:30 offset 30: 15.5 °C\n")
     assert out.endswith("10:59 offset 59: 16.0 °C\n30 records from 10:30 to before 13:00\n")
+
+
+def test_to_arrow_says_what_to_install() -> None:
+    source = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+    command = bare(source, str(EXAMPLES / "to_arrow.py"))
+    done = subprocess.run(command, text=True, capture_output=True, timeout=TIMEOUT_S, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "pyarrow is not here: pip install pyarrow\n")
 
 
 def test_to_arrow(examples: Examples) -> None:
