@@ -110,6 +110,18 @@ class TopicExists(StreamHouseError):
     reason, status = "TOPIC_EXISTS", Code.ALREADY_EXISTS
 
 
+class TableExists(StreamHouseError):
+    """A SQL table of that name is declared already. details: table."""
+
+    reason, status = "TABLE_EXISTS", Code.ALREADY_EXISTS
+
+
+class UnknownTable(StreamHouseError):
+    """No SQL table of that name is declared. details: table."""
+
+    reason, status = "UNKNOWN_TABLE", Code.NOT_FOUND
+
+
 class OffsetBelowStart(StreamHouseError):
     """Retention or delete-records removed it. details: topic, partition, offset, log_start_offset."""
 
@@ -234,6 +246,31 @@ class MetadataWentBack(StreamHouseError):
     history_id, position (of PostgreSQL), known_history_id, known_position (seen by the caller)."""
 
     reason, status = "METADATA_WENT_BACK", Code.FAILED_PRECONDITION
+
+
+class InvalidStatement(StreamHouseError):
+    """A SQL statement cannot be run as it stands: it does not parse, names something that does not exist, or has a
+    clause that is not supported. details: line, column (from 1) where they are known."""
+
+    reason, status = "INVALID_STATEMENT", Code.INVALID_ARGUMENT
+
+
+class StatementFailed(StreamHouseError):
+    """A SQL statement met a value that it cannot compute with, such as a text cast to a number."""
+
+    reason, status = "STATEMENT_FAILED", Code.FAILED_PRECONDITION
+
+
+class StatementLimit(StreamHouseError):
+    """A SQL statement was ended at a limit of the service. details: limit (name of the setting), value."""
+
+    reason, status = "STATEMENT_LIMIT", Code.RESOURCE_EXHAUSTED
+
+
+class StatementTimeout(StreamHouseError):
+    """A SQL statement was ended, since it took longer than allowed. details: timeout_ms."""
+
+    reason, status = "STATEMENT_TIMEOUT", Code.DEADLINE_EXCEEDED
 
 
 # ---- pressure and absence: retry later, as hinted

@@ -157,6 +157,15 @@ class _OfGroup:
         return f"group/{self.group}"
 
 
+class _OfSqlTable:
+    __slots__ = ()
+    table: str
+
+    @property
+    def stream_id(self) -> str:
+        return f"sql/{self.table}"
+
+
 # ---- topics
 
 
@@ -194,6 +203,30 @@ class TopicDeleted(_OfTopic, Event):
     topic_id: str
     topic: str
     deleted_ms: int
+
+
+# ---- SQL
+
+
+@event_type
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SqlTableCreated(_OfSqlTable, Event):
+    """A table was declared for SQL. `table`: its name in small letters; `definition`: the CREATE TABLE statement."""
+
+    table_id: str
+    table: str
+    definition: str
+    created_ms: int
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class SqlTableDropped(_OfSqlTable, Event):
+    """The declaration is gone; the topic and its records stay."""
+
+    table_id: str
+    table: str
+    dropped_ms: int
 
 
 # ---- sessions

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 from shproto.rpc import Caller
-from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
+from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2, sql_pb2
 
 
 class CoordinatorApi(Protocol):
@@ -50,6 +50,8 @@ class CoordinatorApi(Protocol):
     async def describe_group(self, request: coordinator_pb2.DescribeGroupRequest) -> coordinator_pb2.DescribeGroupResponse: ...
     async def reset_offsets(self, request: coordinator_pb2.ResetOffsetsRequest) -> coordinator_pb2.ResetOffsetsResponse: ...
     async def delete_group(self, request: coordinator_pb2.DeleteGroupRequest) -> coordinator_pb2.DeleteGroupResponse: ...
+    async def create_sql_table(self, request: coordinator_pb2.CreateSqlTableRequest) -> coordinator_pb2.SqlTableInfo: ...
+    async def drop_sql_table(self, request: coordinator_pb2.DropSqlTableRequest) -> coordinator_pb2.DropSqlTableResponse: ...
     async def declare_lost(self, request: coordinator_pb2.DeclareLostRequest) -> coordinator_pb2.DeclareLostResponse: ...
     async def complete_restore(self, request: coordinator_pb2.CompleteRestoreRequest) -> coordinator_pb2.CompleteRestoreResponse: ...
 
@@ -184,6 +186,12 @@ class CoordinatorClient:
     async def delete_group(self, request: coordinator_pb2.DeleteGroupRequest) -> coordinator_pb2.DeleteGroupResponse:
         return await self._connection.unary("/streamhouse.v1.Coordinator/DeleteGroup", request, coordinator_pb2.DeleteGroupResponse)
 
+    async def create_sql_table(self, request: coordinator_pb2.CreateSqlTableRequest) -> coordinator_pb2.SqlTableInfo:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/CreateSqlTable", request, coordinator_pb2.SqlTableInfo)
+
+    async def drop_sql_table(self, request: coordinator_pb2.DropSqlTableRequest) -> coordinator_pb2.DropSqlTableResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/DropSqlTable", request, coordinator_pb2.DropSqlTableResponse)
+
     async def declare_lost(self, request: coordinator_pb2.DeclareLostRequest) -> coordinator_pb2.DeclareLostResponse:
         return await self._connection.unary("/streamhouse.v1.Coordinator/DeclareLost", request, coordinator_pb2.DeclareLostResponse)
 
@@ -247,6 +255,21 @@ class QueryClient:
 
     async def describe_query(self, request: query_pb2.DescribeQueryRequest) -> query_pb2.DescribeQueryResponse:
         return await self._connection.unary("/streamhouse.v1.Query/DescribeQuery", request, query_pb2.DescribeQueryResponse)
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+
+class SqlApi(Protocol):
+    def execute(self, request: sql_pb2.ExecuteRequest) -> AsyncIterator[sql_pb2.ExecuteResponse]: ...
+
+
+class SqlClient:
+    def __init__(self, connection: Caller) -> None:
+        self._connection = connection
+
+    def execute(self, request: sql_pb2.ExecuteRequest) -> AsyncIterator[sql_pb2.ExecuteResponse]:
+        return self._connection.unary_stream("/streamhouse.v1.Sql/Execute", request, sql_pb2.ExecuteResponse)
 
     async def close(self) -> None:
         await self._connection.close()

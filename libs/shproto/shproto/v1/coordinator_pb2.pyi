@@ -559,22 +559,26 @@ class GetMetadataResponse(_message.Message):
     TOPICS_FIELD_NUMBER: _builtins.int
     QUERY_ADDRESSES_FIELD_NUMBER: _builtins.int
     COORDINATOR_ADDRESSES_FIELD_NUMBER: _builtins.int
+    SQL_ADDRESSES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def topics(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopicMetadata]: ...
     @_builtins.property
     def query_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def coordinator_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def sql_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
         topics: _abc.Iterable[Global___TopicMetadata] | None = ...,
         query_addresses: _abc.Iterable[_builtins.str] | None = ...,
         coordinator_addresses: _abc.Iterable[_builtins.str] | None = ...,
+        sql_addresses: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_addresses", b"coordinator_addresses", "query_addresses", b"query_addresses", "topics", b"topics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_addresses", b"coordinator_addresses", "query_addresses", b"query_addresses", "sql_addresses", b"sql_addresses", "topics", b"topics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2485,6 +2489,7 @@ class SnapshotPart(_message.Message):
     PARTITIONS_FIELD_NUMBER: _builtins.int
     SESSIONS_FIELD_NUMBER: _builtins.int
     HISTORY_ID_FIELD_NUMBER: _builtins.int
+    SQL_TABLES_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """every part: the state as of this event"""
     history_id: _builtins.str
@@ -2493,6 +2498,8 @@ class SnapshotPart(_message.Message):
     def partitions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotPartition]: ...
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionInfo]: ...
+    @_builtins.property
+    def sql_tables(self) -> _containers.RepeatedCompositeFieldContainer[Global___SqlTableInfo]: ...
     def __init__(
         self,
         *,
@@ -2500,14 +2507,110 @@ class SnapshotPart(_message.Message):
         partitions: _abc.Iterable[Global___SnapshotPartition] | None = ...,
         sessions: _abc.Iterable[Global___SessionInfo] | None = ...,
         history_id: _builtins.str = ...,
+        sql_tables: _abc.Iterable[Global___SqlTableInfo] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["history_id", b"history_id", "partitions", b"partitions", "position", b"position", "sessions", b"sessions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["history_id", b"history_id", "partitions", b"partitions", "position", b"position", "sessions", b"sessions", "sql_tables", b"sql_tables"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SnapshotPart: _TypeAlias = SnapshotPart  # noqa: Y015
+
+@_typing.final
+class SqlTableInfo(_message.Message):
+    """---- SQL
+
+    A table that was declared for SQL: columns and types for the values of a topic.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    TABLE_FIELD_NUMBER: _builtins.int
+    DEFINITION_FIELD_NUMBER: _builtins.int
+    CREATED_MS_FIELD_NUMBER: _builtins.int
+    table_id: _builtins.str
+    table: _builtins.str
+    """in small letters"""
+    definition: _builtins.str
+    """the CREATE TABLE statement"""
+    created_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        table_id: _builtins.str = ...,
+        table: _builtins.str = ...,
+        definition: _builtins.str = ...,
+        created_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_ms", b"created_ms", "definition", b"definition", "table", b"table", "table_id", b"table_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SqlTableInfo: _TypeAlias = SqlTableInfo  # noqa: Y015
+
+@_typing.final
+class CreateSqlTableRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_FIELD_NUMBER: _builtins.int
+    DEFINITION_FIELD_NUMBER: _builtins.int
+    table: _builtins.str
+    definition: _builtins.str
+    def __init__(
+        self,
+        *,
+        table: _builtins.str = ...,
+        definition: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["definition", b"definition", "table", b"table"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateSqlTableRequest: _TypeAlias = CreateSqlTableRequest  # noqa: Y015
+
+@_typing.final
+class DropSqlTableRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_FIELD_NUMBER: _builtins.int
+    table: _builtins.str
+    def __init__(
+        self,
+        *,
+        table: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["table", b"table"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DropSqlTableRequest: _TypeAlias = DropSqlTableRequest  # noqa: Y015
+
+@_typing.final
+class DropSqlTableResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    table_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        table_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["table_id", b"table_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DropSqlTableResponse: _TypeAlias = DropSqlTableResponse  # noqa: Y015
 
 @_typing.final
 class TopicPartition(_message.Message):
