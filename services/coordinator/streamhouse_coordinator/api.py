@@ -37,6 +37,7 @@ from streamhouse_coordinator.service import (
     pruning,
     reach,
     sessions,
+    sql_tables,
     topics,
     views,
 )
@@ -100,6 +101,13 @@ class CoordinatorApi:
         topic_id = await topics.delete_topic(self._clients, request.topic)
         await groups.topic_changed(self._clients, request.topic)
         return pb.DeleteTopicResponse(topic_id=bytes.fromhex(topic_id))
+
+    async def create_sql_table(self, request: pb.CreateSqlTableRequest) -> pb.SqlTableInfo:
+        row = await sql_tables.create_sql_table(self._clients, request.table, request.definition)
+        return messages.sql_table_info(row)
+
+    async def drop_sql_table(self, request: pb.DropSqlTableRequest) -> pb.DropSqlTableResponse:
+        return pb.DropSqlTableResponse(table_id=await sql_tables.drop_sql_table(self._clients, request.table))
 
     async def delete_records(self, request: pb.DeleteRecordsRequest) -> pb.DeleteRecordsResponse:
         log_start_offset, segments, size_bytes = await housekeeping.delete_records(

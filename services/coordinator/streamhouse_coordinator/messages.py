@@ -272,6 +272,13 @@ def alter_topic(request: pb.AlterTopicRequest) -> AlterTopic:
     )
 
 
+def sql_table_info(row: t.SqlTableRow) -> pb.SqlTableInfo:
+    """Returns the message of a declared table."""
+    return pb.SqlTableInfo(
+        table_id=row.table_id, table=row.table_name, definition=row.definition, created_ms=row.created_ms
+    )
+
+
 def topic_info(row: t.TopicRow) -> pb.TopicInfo:
     return pb.TopicInfo(
         topic_id=bytes.fromhex(row.topic_id),

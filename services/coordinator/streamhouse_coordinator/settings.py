@@ -140,6 +140,9 @@ class CoordinatorSettings(CommonSettings):
     topics_max: int = Field(
         10_000, ge=1, le=1_000_000, description="topics in all; the query index holds them in memory"
     )
+    sql_tables_max: int = Field(
+        10_000, ge=1, le=1_000_000, description="tables declared for SQL; SQL and query services hold them in memory"
+    )
 
     group_session_timeout_ms: int = Field(
         10_000,

@@ -153,7 +153,7 @@ async def test_agents_do_not_judge_each_other(api: CoordinatorApi, open_agent: A
     a = await open_agent(api, "a")
     reach = [pb.AgentReach(agent_id="a", reached=False)]
     request = pb.HeartbeatRequest(session_token=a.session.session_token, checks_agents=True, agents=reach)
-    with pytest.raises(InvalidArgument, match="only segmenter and query check agents"):
+    with pytest.raises(InvalidArgument, match="only segmenter, query, sql check agents"):
         await api.heartbeat(request)
 
 

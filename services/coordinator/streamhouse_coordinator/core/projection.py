@@ -95,6 +95,19 @@ def _(event: ev.TopicDeleted) -> RowOps:
 
 
 @row_ops.register
+def _(event: ev.SqlTableCreated) -> RowOps:
+    row = t.SqlTableRow(
+        table_name=event.table, table_id=event.table_id, definition=event.definition, created_ms=event.created_ms
+    )
+    return (Put(t.SQL_TABLES, row),)
+
+
+@row_ops.register
+def _(event: ev.SqlTableDropped) -> RowOps:
+    return (Remove(t.SQL_TABLES, {"table_name": event.table}),)
+
+
+@row_ops.register
 def _(event: ev.SessionOpened) -> RowOps:
     row = t.SessionRow(
         session_id=event.session_id,

@@ -1,4 +1,5 @@
-"""Decides which agents the workers (segmenters, query services) cannot reach; other agents lead their partitions. Pure.
+"""Decides which agents the workers cannot reach; other agents lead their partitions. Workers are segmenters, query and
+SQL services. Pure.
 
 Coordinators and producers reach such an agent and its lease is renewed, but its records are neither uploaded nor read.
 No safety depends on the decision: an agent that hands a partition over settles the range at its true end.
@@ -12,8 +13,8 @@ from shproto.events import AgentCutOff, AgentReachable, Event
 from streamhouse_coordinator.core.sessions import SEGMENTER
 from streamhouse_coordinator.core.tables import CutOffRow, ReachReportRow, SessionRow
 
-QUERY = "query"
-WORKERS = (SEGMENTER, QUERY)
+QUERY, SQL = "query", "sql"
+WORKERS = (SEGMENTER, QUERY, SQL)
 # A single worker's report moves no partition while another worker could have been asked.
 REPORTERS_MIN = 2
 # The time for which an agent has to be reachable before it leads again doubles with every time the agent was cut off,

@@ -31,7 +31,7 @@ from streamhouse_coordinator.core.tables import (
 )
 
 INGEST, SEGMENTER = "ingest", "segmenter"
-ROLES = (INGEST, "query", SEGMENTER, "coordinator")
+ROLES = (INGEST, "query", SEGMENTER, "coordinator", "sql")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -198,6 +198,17 @@ class GroupMemberRow:
     session_timeout_ms: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SqlTableRow:
+    """A table that was declared for SQL. `table_name` is in small letters; `definition` is the CREATE TABLE
+    statement."""
+
+    table_name: str
+    table_id: str
+    definition: str
+    created_ms: int
+
+
 # ---- state
 
 
@@ -397,6 +408,7 @@ DELETED_TOPICS = Table(name="deleted_topics", row=DeletedTopicRow, key=("topic_i
 SEGMENTS = Table(name="segments", row=SegmentRow, key=("segment_id",), projection=True)
 GROUPS = Table(name="groups", row=GroupRow, key=("group_name",), projection=True)
 GROUP_MEMBERS = Table(name="group_members", row=GroupMemberRow, key=("group_name", "member_id"), projection=True)
+SQL_TABLES = Table(name="sql_tables", row=SqlTableRow, key=("table_name",), projection=True)
 
 SESSION_LEASES = Table(name="session_leases", row=SessionLeaseRow, key=("session_id",))
 REACH_REPORTS = Table(name="reach_reports", row=ReachReportRow, key=("session_id", "agent_session_id"))
@@ -455,6 +467,7 @@ PROJECTIONS: tuple[Table[object], ...] = (
     GROUPS,
     GROUP_MEMBERS,
     DELETED_TOPICS,
+    SQL_TABLES,
 )  # type: ignore[assignment]
 
 

@@ -48,7 +48,7 @@ async def report(context: Context, session_id: str, reached: Mapping[str, bool])
             return []
         worker = await live_session(tx, session_id)
         if worker.role not in reach.WORKERS:
-            text = f"session {session_id} is of role {worker.role}; only {' and '.join(reach.WORKERS)} check agents"
+            text = f"session {session_id} is of role {worker.role}; only {', '.join(reach.WORKERS)} check agents"
             raise InvalidArgument(text, field="agents", value=worker.role)
         agents = await tx.select(t.SESSIONS, where(role=INGEST, agent_id=In(reached)))
         before = {row.agent_session_id: row for row in await tx.select(t.REACH_REPORTS, where(session_id=session_id))}

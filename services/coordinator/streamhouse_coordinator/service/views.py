@@ -152,6 +152,7 @@ async def get_metadata(context: Context, names: Collection[str]) -> pb.GetMetada
         return pb.GetMetadataResponse(
             topics=[_topic_metadata(topic, partitions, newest, addresses) for topic in topics],
             query_addresses=_addresses_of(sessions, "query"),
+            sql_addresses=_addresses_of(sessions, "sql"),
             coordinator_addresses=_addresses_of(sessions, "coordinator"),
         )
 
@@ -299,6 +300,8 @@ async def get_snapshot(context: Context) -> AsyncIterator[pb.SnapshotPart]:
             history_id=history_id,
             sessions=[messages.session_info(row, remaining_ms.get(row.session_id, 0)) for row in sessions],
         )
+        for row in await tx.select(t.SQL_TABLES, order=("table_name",)):
+            yield pb.SnapshotPart(position=position, history_id=history_id, sql_tables=[messages.sql_table_info(row)])
         for topic in await tx.select(t.TOPICS, order=("topic_id",)):
             async for part in _topic_parts(tx, topic, position):
                 part.history_id = history_id
