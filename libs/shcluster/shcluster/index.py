@@ -46,6 +46,16 @@ class TopicEntry:
     durable_only: bool
 
 
+@dataclass(frozen=True, slots=True)
+class SqlTable:
+    """A table that was declared for SQL. `table`: its name in small letters; `definition`: the CREATE TABLE
+    statement."""
+
+    table_id: str
+    table: str
+    definition: str
+
+
 @dataclass(slots=True, kw_only=True)
 class PartitionIndex:
     """Index of a partition.
@@ -210,6 +220,7 @@ class ClusterIndex:
         self.topics: dict[str, TopicEntry] = {}
         self.partitions: dict[PartitionKey, PartitionIndex] = {}
         self.sessions: dict[str, AgentSession] = {}
+        self.sql_tables: dict[str, SqlTable] = {}
         self.segment_count = 0
         self._objects: dict[str, _ObjectExtent] = {}
 
@@ -327,6 +338,14 @@ class ClusterIndex:
             self._forget_segments(self.partitions.pop(key).segments)
         return gone
 
+    def _sql_table_created(self, event: ev.SqlTableCreated) -> frozenset[PartitionKey]:
+        self.sql_tables[event.table] = SqlTable(event.table_id, event.table, event.definition)
+        return frozenset()
+
+    def _sql_table_dropped(self, event: ev.SqlTableDropped) -> frozenset[PartitionKey]:
+        self.sql_tables.pop(event.table, None)
+        return frozenset()
+
     def _session_opened(self, event: ev.SessionOpened) -> frozenset[PartitionKey] | None:
         self.sessions[event.session_id] = AgentSession(
             session_id=event.session_id,
@@ -427,6 +446,8 @@ _HANDLERS: dict[type, Callable[[ClusterIndex, Any], frozenset[PartitionKey] | No
     ev.TopicCreated: ClusterIndex._topic_created,
     ev.TopicAltered: ClusterIndex._topic_altered,
     ev.TopicDeleted: ClusterIndex._topic_deleted,
+    ev.SqlTableCreated: ClusterIndex._sql_table_created,
+    ev.SqlTableDropped: ClusterIndex._sql_table_dropped,
     ev.SessionOpened: ClusterIndex._session_opened,
     ev.SessionClosed: ClusterIndex._session_closed,
     ev.EpochGranted: ClusterIndex._epoch_granted,

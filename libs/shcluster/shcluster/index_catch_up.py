@@ -72,3 +72,13 @@ class IndexCatchUp:
                 f"topic {topic!r}: the index is behind the coordinator's event {described.events_position}",
                 retry_after_ms=100,
             )
+
+    async def catch_up_to_head(self) -> None:
+        """Returns once the index knows all events from before the call. Raises Unavailable if no coordinator answers,
+        or the feed does not bring the index there in time."""
+        try:
+            head = await self._coordinator.get_head(coordinator_pb2.GetHeadRequest())
+        except StreamHouseError as error:
+            raise Unavailable(f"nobody can say whether the index is behind: {error}") from error
+        if not await self._index.reaches(head.events_position, self._catch_up_ms):
+            raise Unavailable(f"the index is behind the coordinator's event {head.events_position}", retry_after_ms=100)

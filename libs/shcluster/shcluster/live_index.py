@@ -9,14 +9,14 @@ before it looks misses no change. After close() nothing waits.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from shproto.errors import ShuttingDown, Unavailable, UnknownPartition, UnknownTopic
 from shproto.events import Event
 from shproto.keys import PartitionKey
 
-from shcluster.index import ClusterIndex, PartitionIndex
+from shcluster.index import ClusterIndex, PartitionIndex, SqlTable, TopicEntry
 
 # Registrations that were recorded in a trace, 200 bytes each: hours of them at the usual sampling.
 TRACES_MAX = 10_000
@@ -69,6 +69,17 @@ class LiveIndex:
                 partitions=entry.partitions,
             )
         return found
+
+    def topics(self) -> Mapping[str, TopicEntry]:
+        """Returns all topics by name, as of now. Raises Unavailable before the first snapshot, ShuttingDown after
+        `close`."""
+        self._must_be_open()
+        return self.cluster.topics
+
+    def sql_tables(self) -> Mapping[str, SqlTable]:
+        """Returns all tables declared for SQL by name in small letters, as of now. Raises as `topics` does."""
+        self._must_be_open()
+        return self.cluster.sql_tables
 
     def get(self, key: PartitionKey, topic: str) -> PartitionIndex:
         """Returns the partition as of now. Raises UnknownTopic once the topic was deleted, ShuttingDown after

@@ -15,6 +15,8 @@ from shproto.services import (
     IngestClient,
     QueryApi,
     QueryClient,
+    SqlApi,
+    SqlClient,
 )
 from shruntime.urls import addresses_of
 
@@ -61,6 +63,10 @@ class Peers:
     def query(self, addresses: Sequence[str]) -> QueryApi:
         """Returns the query services at `addresses` as one: calls fail over between them."""
         return QueryClient(self._caller(tuple(addresses)))
+
+    def sql(self, address: str) -> SqlApi:
+        """Returns the API of the SQL service at `address`."""
+        return SqlClient(self._caller((address,)))
 
     def _caller(self, addresses: tuple[str, ...], *, advertised: bool = True) -> Caller:
         connection = self._connect(addresses, advertised=advertised)

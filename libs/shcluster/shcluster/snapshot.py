@@ -11,6 +11,7 @@ from shcluster.index import (
     AgentSession,
     ClusterIndex,
     IndexMismatch,
+    SqlTable,
     TopicEntry,
 )
 
@@ -37,6 +38,8 @@ class SnapshotBuilder:
             self.cluster.sessions[session.session_id] = AgentSession(
                 session_id=session.session_id, agent_id=session.agent_id, role=session.role, address=session.address
             )
+        for table in part.sql_tables:
+            self.cluster.sql_tables[table.table] = SqlTable(table.table_id, table.table, table.definition)
         for partition in part.partitions:
             try:
                 self._add_partition(partition)
