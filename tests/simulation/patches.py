@@ -9,12 +9,12 @@ from typing import Any
 from unittest import mock
 
 from shcluster import peers
+from shread import engine as read_engine
 from shruntime import files
 from streamhouse_coordinator.core import sessions as coordinator_sessions
 from streamhouse_ingest import wiring as ingest_wiring
 from streamhouse_ingest.adapters import wal, wal_directory, wal_note, wal_replay
 from streamhouse_ingest.sealing import sealer
-from streamhouse_query import wiring as query_wiring
 
 from tests.simulation.cache import SimChunkCache
 from tests.simulation.disk import SimDisk
@@ -44,7 +44,7 @@ def patched(
         for module in (wal_directory, files):
             stack.enter_context(mock.patch.object(module, "fcntl", FcntlModule(machines)))
         stack.enter_context(mock.patch.object(wal_replay, "mmap", MmapModule(machines)))
-        stack.enter_context(mock.patch.object(query_wiring, "DiskCache", SimChunkCache))
+        stack.enter_context(mock.patch.object(read_engine, "DiskCache", SimChunkCache))
         stack.enter_context(mock.patch.object(peers, "Connection", connection))
         if small_messages:
             stack.enter_context(mock.patch.object(coordinator_sessions, "SNAPSHOTS_BYTES_MAX", 1))

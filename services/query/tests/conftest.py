@@ -6,9 +6,9 @@ import pytest
 from streamhouse_query.settings import QuerySettings
 from streamhouse_query.wiring import QueryService, build
 
-from services.query.tests.query_world import World
 from services.query.tests.start_query import StartQuery
 from tests.platform.coordinator_peer import feeding
+from tests.platform.read_world import World
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from shread.segment_reader import BlockRun, SegmentReader
 from shstore import Fault, FaultKind, FaultyStore, ScriptedFaults
 from streamhouse_query.wiring import QueryService
 
-from services.query.tests.query_world import World, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import fetch, one_partition, read_all, settle_in
+from tests.platform.read_world import World, values_of
 from tests.platform.virtual_time import virtual_time
 
 CHUNK = 64 * 1024
@@ -167,13 +167,13 @@ async def test_a_download_that_came_damaged_is_done_again(
     await one_partition(platform)
     await segment_of(platform, 1_000)
     service = await start_query(store=_DamagedOnce(platform.store))
-    write = service._disk.write
+    write = service.engine.disk.write
 
     async def write_slowly(chunk: ChunkId, content: bytes) -> None:
         await asyncio.sleep(0.05)
         await write(chunk, content)
 
-    monkeypatch.setattr(service._disk, "write", write_slowly)
+    monkeypatch.setattr(service.engine.disk, "write", write_slowly)
     assert await read_all(service) == dict(enumerate(values_of(1_000, 0, 32)))
     await written(service)
     assert service.api._counters.cache_damaged_chunks > 0 == service.api._counters.damaged_spans

@@ -11,10 +11,10 @@ from streamhouse_coordinator.recovery import rollback_detection
 from streamhouse_coordinator.recovery.histories import Head
 from streamhouse_query.wiring import QueryService
 
-from services.query.tests.query_world import World, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import fetch, one_partition, read_all, settle_in
 from services.query.tests.test_query_lookups import latest
+from tests.platform.read_world import World, values_of
 
 
 async def eventually(condition: "object") -> None:
@@ -26,7 +26,7 @@ async def eventually(condition: "object") -> None:
 
 def state_of(service: QueryService) -> object:
     """All that the index knows, comparable."""
-    cluster = service._index.cluster
+    cluster = service.engine.reads.index.cluster
     return (
         cluster.position,
         {
@@ -79,7 +79,7 @@ async def test_a_cut_feed_is_resumed_where_it_was(platform: World, start_query: 
         platform.coordinator.cut()
         await platform.produce(values_of(10, turn * 10))
         await platform.register()
-        await eventually(lambda: service._index.cluster.position == platform.position)
+        await eventually(lambda: service.engine.reads.index.cluster.position == platform.position)
     assert platform.coordinator.calls["get_snapshot"] == 1
     assert await read_all(service) == dict(enumerate(values_of(30)))
 
@@ -112,7 +112,7 @@ async def test_g3_readers_of_metadata_that_went_back_are_told_so(platform: World
     platform.agents["a"].held_from.update(dict.fromkeys(platform.agents["a"].held_from, 0))
     coordinator.cut()
     await eventually(lambda: coordinator.calls["get_snapshot"] == 2)
-    await eventually(lambda: service._index.cluster.segment_count == 0)
+    await eventually(lambda: service.engine.reads.index.cluster.segment_count == 0)
     assert len((await fetch(service, 0)).batches) == 1
     for offset in (10, 12, 10**12):
         answer = await fetch(service, offset)
@@ -122,7 +122,7 @@ async def test_g3_readers_of_metadata_that_went_back_are_told_so(platform: World
     await platform.produce(values_of(1, 10))
     await platform.register()
     await settle_in(platform, service)
-    assert service._index.cluster.segment_count == 2
+    assert service.engine.reads.index.cluster.segment_count == 2
     assert "the metadata went back" in (await fetch(service, 11)).waiting_reason
     with pytest.raises(Unavailable, match="the metadata went back"):
         await latest(service)
@@ -134,7 +134,7 @@ async def test_g3_readers_of_metadata_that_went_back_are_told_so(platform: World
     coordinator.cut()
     await platform.produce(values_of(1, 11))
     assert (await task).next_offset == 12
-    await eventually(lambda: service._index.cluster.missing_position == 0)
+    await eventually(lambda: service.engine.reads.index.cluster.missing_position == 0)
     assert not (await fetch(service, 12)).waiting_reason
 
 
@@ -150,7 +150,7 @@ async def test_g3_a_rollback_that_only_coordinators_have_seen_is_told(
     await asyncio.sleep(0.05)
     seen = Head(history_id="memory", position=3)
     await rollback_detection.record(platform.service.context.store, seen, rollback_detection.COORDINATOR)
-    await eventually(lambda: service._index.cluster.missing_position == 3)
+    await eventually(lambda: service.engine.reads.index.cluster.missing_position == 3)
     waiting.cancel()
     assert "event 3 was seen" in (await fetch(service, 10)).waiting_reason
 
@@ -160,10 +160,10 @@ async def test_another_history_of_the_same_length_is_loaded_anew(platform: World
     service = await start_query()
     await settle_in(platform, service)
     coordinator = platform.coordinator
-    assert (service._index.cluster.history_id, coordinator.calls["get_snapshot"]) == ("memory", 1)
+    assert (service.engine.reads.index.cluster.history_id, coordinator.calls["get_snapshot"]) == ("memory", 1)
     platform.begin_history("restored")
     coordinator.cut()
-    await eventually(lambda: service._index.cluster.history_id == "restored")
+    await eventually(lambda: service.engine.reads.index.cluster.history_id == "restored")
     coordinator.cut()
     await platform.produce(values_of(10))
     await platform.register()
@@ -181,7 +181,7 @@ async def test_an_event_that_does_not_fit_costs_a_snapshot(platform: World, star
     await platform.orphan()
     await eventually(lambda: platform.coordinator.calls["get_snapshot"] == 3)
     await settle_in(platform, service)
-    assert service._index.find("orders", 0).ranges[0].status == "orphaned"
+    assert service.engine.reads.index.find("orders", 0).ranges[0].status == "orphaned"
 
 
 async def test_events_of_a_newer_version_are_passed_over(platform: World, start_query: StartQuery) -> None:

@@ -16,8 +16,8 @@ from shproto.errors import (
 from shproto.v1 import query_pb2
 from streamhouse_query.wiring import QueryService
 
-from services.query.tests.query_world import World, values_of
 from services.query.tests.start_query import StartQuery
+from tests.platform.read_world import World, values_of
 
 
 async def fetch(service: QueryService, offset: int, **fields: object) -> query_pb2.FetchResponse:
@@ -49,7 +49,7 @@ async def read_all(
 
 async def settle_in(platform: World, service: QueryService) -> None:
     """Until the service has seen every event."""
-    while service._index.cluster.position < platform.position:
+    while service.engine.reads.index.cluster.position < platform.position:
         await asyncio.sleep(0)
 
 

@@ -6,8 +6,8 @@ from shread.core.watermarks import Watermarks
 from shread.group_lags import GroupLags
 from shruntime.clock import ManualClock
 
-from services.query.tests.query_world import World, values_of
 from services.query.tests.start_query import StartQuery
+from tests.platform.read_world import World, values_of
 
 
 class _Groups:
@@ -39,11 +39,11 @@ async def test_those_furthest_behind_are_shown(platform: World, start_query: Sta
     await platform.produce(values_of(100))
     await platform.register()
     service = await start_query()
-    topic_id = service._index.find("orders", 0).topic_id.hex()
+    topic_id = service.engine.reads.index.find("orders", 0).topic_id.hex()
     groups = _Groups(topic_id, {"ready": 100, "behind": 10, "late": 90})
     lags = GroupLags(
         groups,  # type: ignore[arg-type]
-        service._index,
+        service.engine.reads.index,
         Watermarks(),
         ManualClock(1 << 42),
         interval_ms=1_000,

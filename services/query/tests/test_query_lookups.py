@@ -7,9 +7,9 @@ from shproto.errors import InvalidArgument, Unavailable, UnknownTopic
 from shproto.v1 import query_pb2
 from streamhouse_query.wiring import QueryService
 
-from services.query.tests.query_world import RANGE_WIDTH, World, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import one_partition, settle_in
+from tests.platform.read_world import RANGE_WIDTH, World, values_of
 from tests.platform.virtual_time import virtual_time
 
 

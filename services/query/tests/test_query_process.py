@@ -22,8 +22,8 @@ from shstore import LocalStore, StoreOptions
 from streamhouse_query.settings import QuerySettings
 from streamhouse_query.wiring import build
 
-from services.query.tests.query_world import World, values_of
 from tests.platform.coordinator_peer import feeding
+from tests.platform.read_world import World, values_of
 
 RUN = "import asyncio; from streamhouse_query.wiring import run; from streamhouse_query.settings import QuerySettings; "
 RUN += "asyncio.run(run(QuerySettings.load()))"

@@ -9,10 +9,10 @@ import fakeredis
 import pytest
 import redis.asyncio
 
-from services.query.tests.query_world import World, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_cache import segment_of, written
 from services.query.tests.test_query_fetch import one_partition, read_all
+from tests.platform.read_world import World, values_of
 
 PATIENT = {"redis_timeout_ms": 10_000}
 """Of a Redis that answers: on a busy machine the 50 ms of the default are no sign of anything."""

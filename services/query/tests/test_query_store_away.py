@@ -15,10 +15,10 @@ from shstore import MemoryStore, RetryingStore, StoreUnavailable
 from streamhouse_query import api
 from streamhouse_query.wiring import QueryService
 
-from services.query.tests.query_world import World, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import one_partition
 from services.query.tests.test_query_subscribe import subscribed, until, values_in
+from tests.platform.read_world import World, values_of
 
 
 class BlackHole:

@@ -22,9 +22,9 @@ from shruntime.server import RpcServer
 from streamhouse_query import api
 from streamhouse_query.wiring import QueryService
 
-from services.query.tests.query_world import World, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import one_partition
+from tests.platform.read_world import World, values_of
 from tests.platform.virtual_time import virtual_time
 
 Responses = AsyncIterator[query_pb2.FetchResponse]
@@ -413,7 +413,7 @@ async def test_over_grpc_a_subscriber_that_goes_away_leaves_nothing_running(
         got = await until(responses, lambda response: response.next_offset == 10)
         assert values_in(got) == values_of(10)
         assert len(pumps()) == 2  # one for the partition, one for what the subscriber says
-    while pumps() or service._index._watches:
+    while pumps() or service.engine.reads.index._watches:
         await asyncio.sleep(0.01)
     with pytest.raises(StreamHouseError) as error:
         await client.fetch(query_pb2.FetchRequest(topic="orders", offset=99))
@@ -438,7 +438,10 @@ async def test_a_partition_that_fails_with_its_records_gives_its_bytes_back(
     def source(number: int) -> Source:
         async def resolve() -> Want:
             return Want(
-                partition=service._index.find("orders", number).key, topic="orders", offset=0, bytes_max=1 << 20
+                partition=service.engine.reads.index.find("orders", number).key,
+                topic="orders",
+                offset=0,
+                bytes_max=1 << 20,
             )
 
         async def respond(want: Want, fetched: Fetched) -> query_pb2.FetchResponse:
@@ -535,7 +538,9 @@ async def test_deliveries_are_timed_from_the_records_being_there_to_their_stream
     service.api._reads.clock = clock
 
     async def resolve() -> Want:
-        return Want(partition=service._index.find("orders", 0).key, topic="orders", offset=0, bytes_max=1 << 20)
+        return Want(
+            partition=service.engine.reads.index.find("orders", 0).key, topic="orders", offset=0, bytes_max=1 << 20
+        )
 
     async def respond(want: Want, fetched: Fetched) -> query_pb2.FetchResponse:
         clock.advance(7)

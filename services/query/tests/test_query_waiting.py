@@ -14,9 +14,9 @@ from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
 from streamhouse_query.core.plain import plain_records
 from streamhouse_query.wiring import QueryService
 
-from services.query.tests.query_world import RANGE_WIDTH, World, values_of
 from services.query.tests.start_query import StartQuery
 from services.query.tests.test_query_fetch import fetch, one_partition, read_all, settle_in
+from tests.platform.read_world import RANGE_WIDTH, World, values_of
 from tests.platform.virtual_time import virtual_time
 
 
@@ -123,7 +123,7 @@ async def test_cancelling_a_long_poll_leaves_nothing_behind(platform: World, sta
     with pytest.raises(asyncio.CancelledError):
         await task
     assert len(asyncio.all_tasks()) == tasks_before
-    assert not service._index._watches
+    assert not service.engine.reads.index._watches
 
 
 async def test_a_takeover_is_waited_for_with_a_reason_and_then_goes_on(
