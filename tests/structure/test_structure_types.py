@@ -54,7 +54,7 @@ def plain() -> None:
 
 
 def test_every_package_says_that_it_is_typed() -> None:
-    assert len(PACKAGES) == 13
+    assert len(PACKAGES) == 14
     assert [path.name for path in PACKAGES if not (path / "py.typed").exists()] == []
 
 

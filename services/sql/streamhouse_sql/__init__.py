@@ -1,0 +1,1 @@
+"""The SQL service: runs statements over topics."""

@@ -1,0 +1,317 @@
+"""Declared tables: CREATE TABLE gives the values of a topic columns with types.
+
+A definition is stored as its text and parsed again where it is used, so that it is readable wherever it lies.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from shproto.errors import InvalidStatement
+from sqlglot import exp
+
+from streamhouse_sql.core.columns import RECORD_COLUMNS
+from streamhouse_sql.core.dialect import StreamHouse
+
+FORMATS = ("json", "text")
+# Fate of a record whose value does not parse, or does not fit its columns.
+BAD_ROWS = ("fail", "skip")
+COLUMNS_MAX = 1_000
+# Names of METADATA columns: Kafka's connector for Flink calls the parts of a record so.
+METADATA = {
+    "key": "_key",
+    "headers": "_headers",
+    "partition": "_partition",
+    "offset": "_offset",
+    "timestamp": "_timestamp",
+}
+_RECORD_TYPES = {column.name: column.type for column in RECORD_COLUMNS}
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*")
+IDENTIFIER_CHARS_MAX = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableColumn:
+    """A column. Exactly one of these is where it comes from: the value's field of the same name (`is_field`), a part of
+    the record (`metadata`, a column of columns.py), or an expression over the columns before it (`computed`)."""
+
+    name: str
+    type: str
+    is_field: bool = False
+    metadata: str = ""
+    computed: str = ""
+    not_null: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableDefinition:
+    """A declared table. `watermark`: (column, expression), or None."""
+
+    name: str
+    topic: str
+    format: str
+    bad_rows: str
+    columns: tuple[TableColumn, ...]
+    watermark: tuple[str, str] | None
+    text: str
+
+    def column(self, name: str) -> TableColumn | None:
+        """Returns the column, or None; case does not matter."""
+        return next((column for column in self.columns if column.name.lower() == name.lower()), None)
+
+
+def define(tree: exp.Create) -> TableDefinition:
+    """Returns the definition of a CREATE TABLE. Raises InvalidStatement, with the name of the clause that is wrong or
+    not supported."""
+    _refuse_clauses(tree)
+    schema = tree.this
+    if not isinstance(schema, exp.Schema) or not isinstance(schema.this, exp.Table):
+        raise InvalidStatement("CREATE TABLE needs columns: CREATE TABLE name (column type, …) WITH (topic = '…')")
+    name = _table_name(schema.this)
+    options = _options(tree)
+    columns: list[TableColumn] = []
+    watermark: exp.WatermarkColumnConstraint | None = None
+    for part in schema.expressions:
+        if isinstance(part, exp.WatermarkColumnConstraint):
+            if watermark is not None:
+                raise InvalidStatement("WATERMARK is given twice", clause="WATERMARK")
+            watermark = part
+        elif isinstance(part, exp.ColumnDef):
+            columns.append(_column(part, columns))
+        else:
+            clause = part.sql(StreamHouse)
+            raise InvalidStatement(f"{clause} is not supported in CREATE TABLE", clause=clause)
+    _check_columns(columns, options["format"])
+    return TableDefinition(
+        name=name,
+        topic=options["topic"],
+        format=options["format"],
+        bad_rows=options["bad_rows"],
+        columns=tuple(columns),
+        watermark=None if watermark is None else _watermark(watermark, columns),
+        text=tree.sql(StreamHouse),
+    )
+
+
+def _refuse_clauses(tree: exp.Create) -> None:
+    for argument in tree.args:
+        if tree.args[argument] and argument not in ("this", "kind", "exists", "replace", "properties"):
+            clause = argument.rstrip("_").upper()
+            raise InvalidStatement(f"{clause} is not supported in CREATE TABLE", clause=clause)
+    if tree.args.get("replace"):
+        raise InvalidStatement("CREATE OR REPLACE TABLE is not supported: DROP TABLE comes first", clause="OR REPLACE")
+
+
+def _table_name(table: exp.Table) -> str:
+    if table.catalog or (table.db and table.db.lower() != "public"):
+        raise InvalidStatement(f"there is no schema {table.db!r}", clause=table.sql(StreamHouse))
+    _check_name("table", table.name)
+    return table.name
+
+
+def _check_name(what: str, name: str) -> None:
+    if len(name) > IDENTIFIER_CHARS_MAX or not _IDENTIFIER.fullmatch(name):
+        raise InvalidStatement(
+            f"{what} name {name[:IDENTIFIER_CHARS_MAX]!r} must be letters, digits, _ and $, the first a letter or _; "
+            f"at most {IDENTIFIER_CHARS_MAX} characters"
+        )
+
+
+def _options(tree: exp.Create) -> dict[str, str]:
+    """Returns the options of WITH, with defaults."""
+    allowed: Mapping[str, Sequence[str] | None] = {"topic": None, "format": FORMATS, "bad_rows": BAD_ROWS}
+    options = {"format": "json", "bad_rows": "fail"}
+    given = tree.args.get("properties")
+    for node in given.expressions if given else ():
+        if isinstance(node, exp.FileFormatProperty):
+            name, value = "format", node.this
+        elif isinstance(node, exp.Property) and type(node) is exp.Property:
+            name, value = str(node.this.name).lower(), node.args["value"]
+        else:
+            clause = node.sql(StreamHouse)
+            raise InvalidStatement(f"{clause} is not supported in CREATE TABLE", clause=clause)
+        if name not in allowed:
+            raise InvalidStatement(f"WITH has no option {name!r}; it has {', '.join(allowed)}", clause=name)
+        if not isinstance(value, exp.Literal) or not value.is_string:
+            raise InvalidStatement(f"option {name} must be a text: {name} = '…'", clause=name)
+        text, choices = value.name, allowed[name]
+        if choices is not None and text.lower() not in choices:
+            raise InvalidStatement(f"{name} is {text!r}, must be one of {', '.join(choices)}", clause=name)
+        options[name] = text if choices is None else text.lower()
+    if not options.get("topic"):
+        raise InvalidStatement("WITH needs the topic: WITH (topic = '…')", clause="topic")
+    return options
+
+
+def _column(node: exp.ColumnDef, before: Sequence[TableColumn]) -> TableColumn:
+    name = node.name
+    _check_name("column", name)
+    if any(column.name.lower() == name.lower() for column in before):
+        raise InvalidStatement(f"column {name} is given twice", clause=name)
+    if name.lower() in _RECORD_TYPES:
+        raise InvalidStatement(f"column {name} has the name of a part of the record", clause=name)
+    kind = node.args.get("kind")
+    type_ = "" if kind is None else kind.sql("duckdb")
+    metadata = computed = ""
+    not_null = False
+    for constraint in node.args.get("constraints") or ():
+        found = constraint.args.get("kind")
+        if isinstance(found, exp.NotNullColumnConstraint) and not found.args.get("allow_null"):
+            not_null = True
+        elif isinstance(found, exp.ComputedColumnConstraint):
+            computed = found.this.sql("duckdb")
+        elif type(found).__name__ == "MetadataConstraint":
+            metadata = _metadata(name, found)
+            type_ = type_ or _RECORD_TYPES[metadata]
+        else:
+            clause = constraint.sql(StreamHouse)
+            raise InvalidStatement(f"column {name}: {clause} is not supported", clause=clause)
+    if not_null and (metadata or computed):
+        raise InvalidStatement(f"column {name}: NOT NULL is supported for fields of the value", clause="NOT NULL")
+    if not type_ and not computed:
+        raise InvalidStatement(f"column {name} has no type", clause=name)
+    return TableColumn(
+        name=name,
+        type=type_,
+        is_field=not metadata and not computed,
+        metadata=metadata,
+        computed=computed,
+        not_null=not_null,
+    )
+
+
+def _metadata(column: str, node: exp.Expr) -> str:
+    name = str(node.this.name) if node.args.get("this") else column
+    if name.lower() not in METADATA:
+        raise InvalidStatement(
+            f"column {column}: METADATA has no {name!r}; it has {', '.join(METADATA)}", clause=f"METADATA FROM '{name}'"
+        )
+    return METADATA[name.lower()]
+
+
+def _check_columns(columns: Sequence[TableColumn], format_: str) -> None:
+    if not columns:
+        raise InvalidStatement("CREATE TABLE needs a column")
+    if len(columns) > COLUMNS_MAX:
+        raise InvalidStatement(f"a table has {len(columns)} columns, at most {COLUMNS_MAX} are allowed")
+    fields = [column for column in columns if column.is_field]
+    if format_ == "text" and (len(fields) != 1 or fields[0].type not in ("TEXT", "VARCHAR")):
+        raise InvalidStatement("format text needs exactly one column of the value, of type VARCHAR", clause="format")
+
+
+def _watermark(node: exp.WatermarkColumnConstraint, columns: Sequence[TableColumn]) -> tuple[str, str]:
+    name = node.this.name if node.this else ""
+    column = next((column for column in columns if column.name.lower() == name.lower()), None)
+    if column is None:
+        raise InvalidStatement(f"WATERMARK FOR {name}: there is no such column", clause="WATERMARK")
+    expression = node.args.get("expression")
+    used = {part.name.lower() for part in expression.find_all(exp.Column)} if expression else set()
+    is_delay = isinstance(expression, exp.Column) or (
+        isinstance(expression, exp.Sub) and isinstance(expression.args["expression"], exp.Interval)
+    )
+    if expression is None or used != {column.name.lower()} or not is_delay:
+        raise InvalidStatement(
+            f"WATERMARK FOR {name} must be the column, or the column less an interval: "
+            f"WATERMARK FOR {name} AS {name} - INTERVAL '5' SECOND",
+            clause="WATERMARK",
+        )
+    return column.name, expression.sql("duckdb")
+
+
+# ---- reading
+
+# A name that no declared column has: it has blanks.
+_ROW = '"row of the value"'
+
+
+def needed_columns(table: TableDefinition, named: Collection[str] | None) -> list[TableColumn]:
+    """Returns the columns with these names (in small letters; None: all) and those that computed ones among them are
+    made of, in the table's order."""
+    wanted = {column.name.lower() for column in table.columns} if named is None else set(named)
+    for column in reversed(table.columns):  # an expression names columns before it
+        if column.name.lower() in wanted and column.computed:
+            wanted |= {found.lower() for found in _NAMES.findall(column.computed)}
+    return [column for column in table.columns if column.name.lower() in wanted]
+
+
+_NAMES = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*")
+
+
+def record_columns_of(table: TableDefinition, columns: Sequence[TableColumn], hidden: Collection[str]) -> list[str]:
+    """Returns the parts of the record that a scan decodes for these columns. `hidden`: those that a query names
+    itself."""
+    wanted = {*hidden, *(column.metadata for column in columns if column.metadata)}
+    if _checked_fields(table, columns):
+        wanted |= {"_value", "_partition", "_offset"}  # the last two say where a bad value is
+    return [column.name for column in RECORD_COLUMNS if column.name in wanted]
+
+
+def _checked_fields(table: TableDefinition, columns: Sequence[TableColumn]) -> list[TableColumn]:
+    """Returns the fields that are decoded and checked for these columns. A table that leaves bad rows out checks all of
+    its fields, so that it has the same rows in every query, whatever columns the query names."""
+    if table.bad_rows == "skip":
+        return [column for column in table.columns if column.is_field]
+    return [column for column in columns if column.is_field]
+
+
+def select_of(table: TableDefinition, scan: str, columns: Sequence[TableColumn], hidden: Collection[str]) -> str:
+    """Returns the SQL of a subquery with these columns of the table, and the hidden parts of the record, over a scan of
+    the topic.
+
+    A field that the value does not have is NULL. A value that is no JSON object, or has a field that does not fit its
+    column, is bad: it fails the query with its place, or leaves its row out, as `bad_rows` says. A null value has NULL
+    in all columns.
+    """
+    fields = _checked_fields(table, columns)
+    outer = [f'"{name}"' for name in hidden]
+    for column in columns:
+        if column.is_field:
+            source = '"_value"' if table.format == "text" else f'{_ROW}."{column.name}"'
+            outer.append(f'{source} AS "{column.name}"')
+        elif column.metadata:
+            outer.append(f'CAST("{column.metadata}" AS {column.type}) AS "{column.name}"')
+        else:
+            expression = f"CAST({column.computed} AS {column.type})" if column.type else column.computed
+            outer.append(f'{expression} AS "{column.name}"')
+    if not outer:
+        outer.append("1 AS one")  # count(*)
+    if not fields:
+        return f"SELECT {', '.join(outer)} FROM {scan}"
+    if table.format == "text":
+        bad = '"_value" IS NULL' if fields[0].not_null else "false"
+        return f"SELECT {', '.join(outer)} FROM {scan} WHERE {_unless(table, bad)}"
+    shape = json.dumps({column.name: column.type for column in fields}).replace("'", "''")
+    row = f'CASE WHEN json_valid("_value") THEN json_transform("_value", \'{shape}\') END AS {_ROW}'
+    return f"SELECT {', '.join(outer)} FROM (SELECT *, {row} FROM {scan}) WHERE {_is_good(table, fields)}"
+
+
+def _is_good(table: TableDefinition, fields: Sequence[TableColumn]) -> str:
+    """Returns a condition that is true for rows that are kept. The costly part of it, which looks into the JSON a
+    second time, is only computed for rows that have a NULL."""
+    doubtful = " OR ".join(f'{_ROW}."{column.name}" IS NULL' for column in fields)
+    unfit = " OR ".join(f'({_ROW}."{column.name}" IS NULL AND {_has_field(column)})' for column in fields)
+    required = [column for column in fields if column.not_null]
+    missing = "".join(f' OR {_ROW}."{column.name}" IS NULL' for column in required)
+    bad = (
+        f'CASE WHEN "_value" IS NULL THEN {"true" if required else "false"} WHEN {_ROW} IS NULL THEN true '
+        f"WHEN {doubtful} THEN coalesce(json_type(\"_value\") <> 'OBJECT' OR {unfit}{missing}, true) ELSE false END"
+    )
+    return _unless(table, bad)
+
+
+def _unless(table: TableDefinition, bad: str) -> str:
+    """Returns a condition that is false for a bad row, or ends the query with its place, as the table says."""
+    if table.bad_rows == "skip":
+        return f"NOT ({bad})"
+    topic = table.topic.replace("'", "''")
+    place = f"'{topic}/' || \"_partition\" || ': the value at offset ' || \"_offset\""
+    return f"CASE WHEN {bad} THEN error({place} || ' does not fit the columns of table {table.name}') ELSE true END"
+
+
+def _has_field(column: TableColumn) -> str:
+    """Returns a condition: the value has the field, and it is not null."""
+    path = json.dumps(column.name).replace("'", "''")
+    return f"coalesce(json_type(\"_value\", '$.{path}'), 'NULL') <> 'NULL'"

@@ -1,0 +1,644 @@
+"""Statements: each runs in an instance of DuckDB of its own, over the topics as they are when it starts.
+
+Owns: the statements that run and wait, their threads. Does not own: how records are read, how an instance computes.
+Invariants: at most `sql_statements_max` run at once, and the others wait in their order. A statement that is over has
+no thread, feed, memory or file left. The client learns the reason that is nearest to the cause: a
+source's error before DuckDB's words for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from shproto.errors import (
+    InvalidArgument,
+    InvalidStatement,
+    Overloaded,
+    ShuttingDown,
+    StatementLimit,
+    StatementTimeout,
+    StreamHouseError,
+)
+from shread.reads import Reads
+from shruntime.tasks import cancel_and_wait
+
+from streamhouse_sql import telemetry
+from streamhouse_sql.arrow import table_of, to_stream
+from streamhouse_sql.catalog import Catalog
+from streamhouse_sql.core.binding import BoundQuery, TopicScan, bind, with_suggestion
+from streamhouse_sql.core.columns import RECORD_COLUMNS
+from streamhouse_sql.core.explain import explained
+from streamhouse_sql.core.parameters import Parameters
+from streamhouse_sql.core.statement import (
+    CreateTable,
+    Describe,
+    DropTable,
+    Explain,
+    Query,
+    ShowTables,
+    Statement,
+    parse,
+    query_of_table,
+)
+from streamhouse_sql.core.tables import TableDefinition
+from streamhouse_sql.ports import Engine, Interrupted
+from streamhouse_sql.settings import SqlSettings
+from streamhouse_sql.snapshot import Snapshot, oldest_needed_ms
+from streamhouse_sql.sources import Sources
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Rows of a batch that DuckDB hands over: eight of its vectors.
+BATCH_ROWS = 16_384
+# Bytes of one response: large enough for throughput, small beside the limit of a message.
+RESPONSE_BYTES = 4 * 1024 * 1024
+RESPONSE_BYTES_MAX = 48 * 1024 * 1024
+# A statement that is to end is interrupted again after this time: an interrupt that comes between two calls of DuckDB
+# is lost.
+INTERRUPT_AGAIN_MS = 50
+RETRY_MS = 500
+_NO_PARAMETERS = Parameters()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """Part of a result. `arrow_stream`: a whole Arrow IPC stream."""
+
+    arrow_stream: bytes
+    rows: int
+    is_last: bool = False
+    records_scanned: int = 0
+    bytes_scanned: int = 0
+    elapsed_ms: int = 0
+
+
+class SqlService:
+    """Runs statements. `new_engine` opens an engine for a statement. `close` ends those that run."""
+
+    def __init__(self, reads: Reads, catalog: Catalog, settings: SqlSettings, new_engine: Callable[[], Engine]) -> None:
+        self.new_engine = new_engine
+        self._reads = reads
+        self._catalog = catalog
+        self._settings = settings
+        self._slots = asyncio.Semaphore(settings.sql_statements_max)
+        self._waiting = 0
+        # Not the loop's threads: a statement's thread waits for decoders, which would wait for a thread behind it.
+        self.runs: set[_Run] = set()
+        self._is_closed = False
+        self._threads = ThreadPoolExecutor(settings.sql_statements_max, "sql statement")
+        self._decoders = ThreadPoolExecutor(settings.sql_threads, "sql decode")
+
+    async def close(self) -> None:
+        """Ends the statements that run with ShuttingDown, then the threads."""
+        self._is_closed = True
+        await asyncio.gather(*(run.end(ShuttingDown("this SQL service is stopping")) for run in list(self.runs)))
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    async def execute(self, text: str, timeout_ms: int) -> AsyncGenerator[Answer]:
+        """Runs a statement, and yields its result in parts; the last has the counts.
+
+        Raises InvalidArgument, InvalidStatement, StatementFailed, StatementLimit, StatementTimeout, Overloaded, and the
+        errors of reading: DataLoss, Unavailable, OffsetBelowStart.
+        """
+        timeout_ms = self._checked(text, timeout_ms)
+        began_s = time.monotonic()
+        outcome = "failed"
+        try:
+            statement = parse(text)
+            if isinstance(statement, Query):
+                async with contextlib.aclosing(self._run(statement, began_s, timeout_ms)) as answers:
+                    async for answer in answers:
+                        yield answer
+            else:
+                batch = await self._command(statement, began_s, timeout_ms)
+                yield Answer(
+                    arrow_stream=to_stream(batch.schema, [batch]),
+                    rows=batch.num_rows,
+                    is_last=True,
+                    elapsed_ms=_elapsed_ms(began_s),
+                )
+            outcome = "done"
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome = "cancelled"
+            raise
+        finally:
+            telemetry.statements.add(1, {"outcome": outcome})
+            telemetry.statement_duration_ms.record(_elapsed_ms(began_s))
+
+    def _checked(self, text: str, timeout_ms: int) -> int:
+        size_bytes, limit = len(text.encode()), self._settings.sql_statement_bytes_max
+        if size_bytes > limit:
+            raise InvalidArgument(
+                f"statement has {size_bytes} bytes, sql_statement_bytes_max is {limit}",
+                field="statement",
+                value=size_bytes,
+                limit=limit,
+            )
+        longest_ms = self._settings.sql_timeout_ms
+        if timeout_ms > longest_ms:
+            raise InvalidArgument(
+                f"timeout_ms is {timeout_ms}, sql_timeout_ms is {longest_ms}",
+                field="timeout_ms",
+                value=timeout_ms,
+                limit=longest_ms,
+            )
+        return timeout_ms or longest_ms
+
+    async def _turn(self, deadline_s: float, timeout_ms: int) -> _Run:
+        """Waits for a statement's turn. Returns the statement, which holds the turn until it is over."""
+        if self._is_closed:
+            raise ShuttingDown("this SQL service is stopping")
+        if self._slots.locked() and self._waiting >= self._settings.sql_statements_waiting_max:
+            raise Overloaded(
+                f"{self._settings.sql_statements_max} statements run and {self._waiting} wait "
+                "(sql_statements_waiting_max)",
+                retry_after_ms=RETRY_MS,
+                limit="sql_statements_waiting_max",
+                value=self._waiting,
+            )
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(max(0.0, deadline_s - time.monotonic())):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise StatementTimeout(
+                f"other statements ran for all of its {timeout_ms} ms", timeout_ms=timeout_ms
+            ) from None
+        finally:
+            self._waiting -= 1
+        if self._is_closed:  # the turn came from a statement that the stop has ended
+            self._slots.release()
+            raise ShuttingDown("this SQL service is stopping")
+        telemetry.statements_running.add(1)
+        is_held = True
+
+        def free() -> None:
+            nonlocal is_held
+            if is_held:
+                is_held = False
+                telemetry.statements_running.add(-1)
+                self._slots.release()
+
+        return _Run(self, deadline_s, timeout_ms, free)
+
+    # ---- statements about topics
+
+    async def _command(self, statement: Statement, began_s: float, timeout_ms: int) -> Any:
+        """Returns the result of a statement that reads no records, as a `pyarrow.RecordBatch`."""
+        match statement:
+            case ShowTables():
+                return self._show_tables()
+            case Explain(query):
+                return await self._explain(query, began_s, timeout_ms)
+            case Describe(_, Query() as query):
+                return _described(await self._columns_of(query, self._catalog.tables(), began_s, timeout_ms))
+            case Describe(str() as name, _):
+                return await self._describe(name, began_s, timeout_ms)
+            case CreateTable():
+                await self._create_table(statement, began_s, timeout_ms)
+                return _done("CREATE TABLE")
+            case DropTable(name, if_exists):
+                await self._catalog.drop(name, if_exists=if_exists)
+                return _done("DROP TABLE")
+        raise AssertionError(f"no command: {statement}")
+
+    def _show_tables(self) -> Any:
+        rows: list[tuple[str, str, str, int | None]]
+        rows = [(name, "topic", name, partitions) for name, partitions in self._catalog.topics().items()]
+        topics = self._catalog.topics()
+        for name, table in self._catalog.tables().items():
+            rows.append((name, "table", table.topic, topics.get(table.topic)))
+        rows.sort(key=lambda row: row[:2])
+        names = ("name", "kind", "topic", "partitions")
+        columns: dict[str, list[Any]] = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+        types = {"name": pa.string(), "kind": pa.string(), "topic": pa.string(), "partitions": pa.int32()}
+        return table_of(columns, types)
+
+    async def _describe(self, name: str, began_s: float, timeout_ms: int) -> Any:
+        query = query_of_table(name)
+        await self._bind(query, self._catalog.tables())
+        table = self._catalog.tables().get(name.lower())
+        if table is None:
+            return _described([(column.name, column.type, column.comment) for column in RECORD_COLUMNS])
+        columns = await self._columns_of(query, {name.lower(): table}, began_s, timeout_ms)
+        return _described([(name, kind, _comment(table, name)) for name, kind, _ in columns])
+
+    async def _create_table(self, statement: CreateTable, began_s: float, timeout_ms: int) -> None:
+        """Declares a table, after DuckDB has seen its types and expressions."""
+        definition = statement.definition
+        tables = {definition.name.lower(): definition}
+        await self._columns_of(query_of_table(definition.name), tables, began_s, timeout_ms)
+        await self._catalog.create(statement)
+
+    async def _explain(self, query: Query, began_s: float, timeout_ms: int) -> Any:
+        bound = await self._bind(query)
+        async with await self._turn(began_s + timeout_ms / 1000, timeout_ms) as run:
+            snapshot, oldest_ms = await run.prepare(bound)
+            lines = [
+                line
+                for scan in bound.scans
+                for line in explained(
+                    scan,
+                    [
+                        (part.partition.partition, part.offset_from, part.offset_to)
+                        for part in snapshot.ranges(scan, None)
+                    ],
+                    oldest_ms[scan.name],
+                )
+            ]
+            plan = await self._computed(run, query, None, lambda: run.engine.plan(bound.sql))
+        return table_of({"plan": [*lines, *plan.splitlines()]}, {"plan": pa.string()})
+
+    async def _columns_of(
+        self, query: Query, tables: Mapping[str, TableDefinition], began_s: float, timeout_ms: int
+    ) -> list[tuple[str, str, str]]:
+        """Returns name, type and an empty comment of each column of a query's result."""
+        bound = await self._bind(query, tables)
+        async with await self._turn(began_s + timeout_ms / 1000, timeout_ms) as run:
+            await run.prepare(bound)
+            columns = await self._computed(run, query, tables, lambda: run.engine.columns(bound.sql))
+        return [(name, kind, "") for name, kind in columns]
+
+    # ---- queries
+
+    async def open(
+        self,
+        query: Query,
+        parameters: Parameters,
+        timeout_ms: int = 0,
+        *,
+        cast: Callable[[str], str] = lambda kind: "{}",
+    ) -> OpenQuery:
+        """Waits for the query's turn, and begins it. Returns the query, whose caller closes it. `cast`: see
+        Duck.typed_result. Raises the errors of `execute`."""
+        timeout_ms = timeout_ms or self._settings.sql_timeout_ms
+        opened = OpenQuery(self._check_result)
+        try:
+            bound = await self.bind(query, parameters)
+            run = await self._turn(opened.began_s + timeout_ms / 1000, timeout_ms)
+            await opened.begin(
+                run,
+                bound,
+                lambda: self._computed(
+                    run,
+                    query,
+                    None,
+                    lambda: run.engine.typed_result(bound.sql, bound.values, BATCH_ROWS, cast),
+                    parameters,
+                ),
+            )
+        except BaseException as error:
+            await opened.close(error)
+            raise
+        return opened
+
+    async def command(self, statement: Statement, timeout_ms: int = 0) -> Any:
+        """Returns the result of a statement that is no query, as a `pyarrow.RecordBatch`. Raises the errors of
+        `execute`."""
+        return await self._command(statement, time.monotonic(), timeout_ms or self._settings.sql_timeout_ms)
+
+    async def _run(self, query: Query, began_s: float, timeout_ms: int) -> AsyncGenerator[Answer]:
+        bound = await self._bind(query)
+        async with await self._turn(began_s + timeout_ms / 1000, timeout_ms) as run:
+            await run.prepare(bound)
+            schema, batches = await self._computed(run, query, None, lambda: run.engine.result(bound.sql, BATCH_ROWS))
+            parts = _responses(schema, batches)
+            rows = size_bytes = 0
+            empty = to_stream(schema, [])
+            pending: tuple[bytes, int] | None = None
+            while (part := await run.in_thread(lambda: next(parts, None))) is not None:
+                rows += part[1]
+                size_bytes += len(part[0])
+                self._check_result(rows, size_bytes)
+                if pending is not None:
+                    yield Answer(arrow_stream=pending[0], rows=pending[1])
+                pending = part
+            counts = run.sources.counts
+            yield Answer(
+                arrow_stream=pending[0] if pending else empty,
+                rows=rows,
+                is_last=True,
+                records_scanned=counts.records,
+                bytes_scanned=counts.size_bytes,
+                elapsed_ms=_elapsed_ms(began_s),
+            )
+
+    async def _computed(
+        self,
+        run: _Run,
+        query: Query,
+        tables: Mapping[str, TableDefinition] | None,
+        work: Callable[[], T],
+        parameters: Parameters = _NO_PARAMETERS,
+    ) -> T:
+        """Returns the result of the engine's first look at a query. The engine knows the columns that the query names;
+        if it refuses the query, it is asked again with all of them, so that the error suggests the right one."""
+        try:
+            return await run.in_thread(work)
+        except InvalidStatement:
+            known = self._catalog.tables() if tables is None else tables
+            bound = bind(query, self._catalog.topics(), known, parameters, all_columns=True)
+            for scan in bound.scans:
+                run.engine.add_table(scan.name, run.sources.table((), scan.columns))
+            try:
+                await run.in_thread(lambda: run.engine.columns(bound.sql, bound.values))
+            except InvalidStatement as error:
+                raise InvalidStatement(with_suggestion(str(error), known)) from error
+            raise
+
+    def _check_result(self, rows: int, size_bytes: int) -> None:
+        for unit, value in (("rows", rows), ("bytes", size_bytes)):
+            name = f"sql_result_{unit}_max"
+            limit = getattr(self._settings, name)
+            if value > limit:
+                raise StatementLimit(f"the result has more than {limit} {unit} ({name})", limit=name, value=value)
+
+    async def bind(self, query: Query, parameters: Parameters) -> BoundQuery:
+        """Returns the query over its topics, with values of its parameters. Raises InvalidStatement, Unavailable."""
+        return await self._bind(query, None, parameters)
+
+    async def bind_all_columns(self, query: Query, parameters: Parameters) -> BoundQuery:
+        """Returns the query over all columns of its topics: to plan, so that errors suggest the right column."""
+        await self._bind(query, None, parameters)
+        return bind(query, self._catalog.topics(), self._catalog.tables(), parameters, all_columns=True)
+
+    async def _bind(
+        self,
+        query: Query,
+        tables: Mapping[str, TableDefinition] | None = None,
+        parameters: Parameters = _NO_PARAMETERS,
+    ) -> BoundQuery:
+        """Returns the query over its topics. `tables` None: those of the catalog. The index may be a moment behind: a
+        name that it does not know is asked for before the statement is refused."""
+        try:
+            return bind(query, self._catalog.topics(), self._catalog.tables() if tables is None else tables, parameters)
+        except InvalidStatement as error:
+            if "name" not in error.details:
+                raise
+        await self._catalog.refresh()
+        return bind(query, self._catalog.topics(), self._catalog.tables() if tables is None else tables, parameters)
+
+    @property
+    def catalog(self) -> Catalog:
+        """Names of topics and declared tables."""
+        return self._catalog
+
+    def new_sources(self) -> Sources:
+        """Returns the tables of a statement."""
+        return Sources(self._reads, self._decoders, read_wait_ms=self._settings.sql_read_wait_ms)
+
+    def new_snapshot(self) -> Snapshot:
+        """Returns the ends of topics for a statement."""
+        return Snapshot(self._reads, read_wait_ms=self._settings.sql_read_wait_ms)
+
+    @property
+    def threads(self) -> ThreadPoolExecutor:
+        """Threads of the statements, one each."""
+        return self._threads
+
+
+class _Run:
+    """A statement that has its turn: instance, sources and deadline. As a context manager it leaves nothing behind.
+
+    A statement also ends while its client does not take the result: at the deadline, and when the service stops.
+    """
+
+    def __init__(self, service: SqlService, deadline_s: float, timeout_ms: int, free_turn: Callable[[], None]) -> None:
+        self._service = service
+        self._deadline_s = deadline_s
+        self._timeout_ms = timeout_ms
+        self._free_turn = free_turn
+        self._thread: asyncio.Future[Any] | None = None
+        self._lookup: asyncio.Future[None] | None = None
+        self._engine: Engine | None = None
+        self._ended_by: StreamHouseError | None = None
+        self._expiry = asyncio.create_task(self._expire(), name="sql statement's deadline")
+        self.sources = service.new_sources()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, once `prepare` has begun."""
+        assert self._engine is not None
+        return self._engine
+
+    async def __aenter__(self) -> _Run:
+        self._service.runs.add(self)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._service.runs.discard(self)
+        await _to_the_end(self._over())
+
+    async def _over(self) -> None:
+        await cancel_and_wait(self._expiry)
+        await self._release()
+
+    async def prepare(self, bound: BoundQuery) -> tuple[Snapshot, dict[str, int | None]]:
+        """Opens the instance with a table for each scan. Returns the ends that were taken, and by scan the timestamp
+        in ms below which no record is needed."""
+        snapshot = self._service.new_snapshot()
+        self._must_go_on()
+        self._lookup = asyncio.ensure_future(snapshot.take(bound.scans))
+        await self._result(self._lookup)
+        await self.in_thread(self._open_engine)
+        oldest_ms: dict[str, int | None] = {}
+        for scan in bound.scans:
+            oldest_ms[scan.name] = await self.in_thread(self._oldest_needed(scan))
+            table = self.sources.table(snapshot.ranges(scan, oldest_ms[scan.name]), scan.columns)
+            self.engine.add_table(scan.name, table)
+        return snapshot, oldest_ms
+
+    def _open_engine(self) -> None:
+        # Set in the thread: a caller that is cancelled meanwhile gets no result, and the engine is to be closed.
+        self._engine = self._service.new_engine()
+
+    def _oldest_needed(self, scan: TopicScan) -> Callable[[], int | None]:
+        return lambda: oldest_needed_ms(scan.pushdown, self.engine.timestamp_ms)
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Returns the result of `work`, run in a thread. Raises the reason if the statement was ended, and the error of
+        a source in place of DuckDB's words for it."""
+        self._must_go_on()
+        self._thread = asyncio.get_running_loop().run_in_executor(self._service.threads, work)
+        try:
+            return await self._result(self._thread)
+        except (StreamHouseError, Interrupted):
+            self._must_go_on()
+            if self.sources.error is not None:
+                raise self.sources.error from None
+            raise
+
+    def _must_go_on(self) -> None:
+        if self._ended_by is not None:
+            raise self._ended_by
+
+    async def _result(self, call: asyncio.Future[T]) -> T:
+        """Returns the result of a call. A caller that is cancelled leaves once the call has ended."""
+        try:
+            await asyncio.wait((call,))  # a caller that is cancelled does not cancel the call
+        except asyncio.CancelledError:
+            await _to_the_end(self._release())
+            raise
+        if call.cancelled():
+            self._must_go_on()
+        return call.result()
+
+    async def end(self, reason: StreamHouseError) -> None:
+        """Ends the statement wherever it is; its caller gets the reason with the next step."""
+        self._ended_by = self._ended_by or reason
+        await self._release()
+
+    async def _expire(self) -> None:
+        await asyncio.sleep(max(0.0, self._deadline_s - time.monotonic()))
+        await self.end(StatementTimeout(f"not done within {self._timeout_ms} ms", timeout_ms=self._timeout_ms))
+
+    async def _release(self) -> None:
+        """Ends look-ups, feeds, thread and instance, and gives the turn to the next statement. Idempotent."""
+        if self._lookup is not None:
+            await cancel_and_wait(self._lookup)
+        await self.sources.close()
+        while self._thread is not None and not self._thread.done():
+            if self._engine is not None:
+                self._engine.interrupt()
+            await asyncio.wait((self._thread,), timeout=INTERRUPT_AGAIN_MS / 1000)
+        if self._thread is not None and not self._thread.cancelled():
+            self._thread.exception()  # seen: of a statement that was ended it is only the interrupt
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+        self._free_turn()
+
+
+class OpenQuery:
+    """A query whose caller takes the result batch by batch.
+
+    Invariants: the query holds its turn from `begin` until its last batch was read, `close`, or the deadline. The batch
+    after the next one is read ahead, so that a short result holds no turn while its caller takes it.
+    """
+
+    def __init__(self, check: Callable[[int, int], None]) -> None:
+        self.began_s = time.monotonic()
+        self.columns: list[tuple[str, str]] = []
+        self._check = check
+        self._run: _Run | None = None
+        self._batches: Iterator[Any] = iter(())
+        self._ahead: Any = None
+        self._rows = self._size_bytes = 0
+        self._is_closed = False
+
+    async def begin(
+        self,
+        run: _Run,
+        bound: BoundQuery,
+        compute: Callable[[], Coroutine[Any, Any, tuple[list[tuple[str, str]], Iterator[Any]]]],
+    ) -> None:
+        """Begins the query in its turn, up to its first batch."""
+        self._run = await run.__aenter__()
+        await run.prepare(bound)
+        self.columns, self._batches = await compute()
+        self._ahead = await self._read()
+
+    async def next(self) -> Any:
+        """Returns the next `pyarrow.RecordBatch`, None at the end. An error ends the query, too."""
+        batch, self._ahead = self._ahead, None
+        if batch is not None:
+            try:
+                self._ahead = await self._read()
+            except BaseException as error:
+                await self.close(error)
+                raise
+        return batch
+
+    async def _read(self) -> Any:
+        run = self._run
+        assert run is not None, "begun"
+        batch = await run.in_thread(lambda: next(self._batches, None))
+        if batch is None:
+            await self.close()
+            return None
+        self._rows += batch.num_rows
+        self._size_bytes += batch.nbytes
+        self._check(self._rows, self._size_bytes)
+        return batch
+
+    async def close(self, error: BaseException | None = None) -> None:
+        """Gives the turn back. `error`: the one that ended the query. Idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        run, self._run = self._run, None
+        outcome = "done" if error is None else "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
+        telemetry.statements.add(1, {"outcome": outcome})
+        telemetry.statement_duration_ms.record(_elapsed_ms(self.began_s))
+        if run is not None:
+            await run.__aexit__()
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Waits until the work has ended, however often the caller is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    task.result()
+
+
+def _described(rows: Sequence[tuple[str, str, str]]) -> Any:
+    names = ("column_name", "column_type", "comment")
+    columns: dict[str, list[Any]] = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    return table_of(columns, dict.fromkeys(names, pa.string()))
+
+
+def _comment(table: TableDefinition, name: str) -> str:
+    column = table.column(name)
+    if column is None:
+        return ""
+    if table.watermark is not None and column.name == table.watermark[0]:
+        return f"WATERMARK AS {table.watermark[1]}"
+    if column.metadata:
+        return f"METADATA, {column.metadata} of the record"
+    return f"AS {column.computed}" if column.computed else ""
+
+
+def _done(what: str) -> Any:
+    """Returns the result of a statement that has none: a row that says what was done."""
+    return table_of({"status": [what]}, {"status": pa.string()})
+
+
+def _responses(schema: Any, batches: Iterator[Any]) -> Iterator[tuple[bytes, int]]:
+    """Yields Arrow IPC streams of about RESPONSE_BYTES, with their numbers of rows. Raises StatementLimit for a single
+    row that no message has room for."""
+    for batch in batches:
+        yield from _split(schema, batch)
+
+
+def _split(schema: Any, batch: Any) -> Iterator[tuple[bytes, int]]:
+    if batch.num_rows == 0:
+        return
+    if batch.nbytes > RESPONSE_BYTES and batch.num_rows > 1:
+        half = batch.num_rows // 2
+        yield from _split(schema, batch.slice(0, half))
+        yield from _split(schema, batch.slice(half))
+        return
+    stream = to_stream(schema, [batch])
+    if len(stream) > RESPONSE_BYTES_MAX:
+        raise StatementLimit(
+            f"a row of the result has {len(stream)} bytes, a message has room for {RESPONSE_BYTES_MAX}",
+            limit="RESPONSE_BYTES_MAX",
+            value=len(stream),
+        )
+    yield stream, batch.num_rows
+
+
+def _elapsed_ms(began_s: float) -> int:
+    return int((time.monotonic() - began_s) * 1000)

@@ -1,0 +1,180 @@
+"""Topics as tables: record batches are read and decoded ahead of DuckDB, which takes them in its own threads.
+
+Owns: the feeds that a statement has open. Does not own: how records are read (shread), DuckDB.
+Invariants: each time that a plan reads a table, it reads the same offsets from the start. At most FEED_STEPS decoded
+steps of a feed wait. A feed that failed has its error in `Sources.error`: DuckDB passes on only a text. After `close`
+no feed runs, and a thread that still takes from one gets an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from typing import Any
+
+import pyarrow as pa
+from shformat import FormatError, Records, decode_batches
+from shproto.errors import DataLoss
+from shread.reads import Reads
+from shread.scan import ScanRange, scan
+from shruntime.tasks import cancel_and_wait
+
+from streamhouse_sql import telemetry
+from streamhouse_sql.arrow import schema_of, to_arrow
+
+# The batch that DuckDB works on comes on top: reading, decoding and computing overlap, and memory stays at some steps.
+FEED_STEPS = 2
+# Encoded bytes of batches that are decoded together; a segment's block of 1 MiB has more, most often.
+GROUP_BYTES = 64 * 1024
+
+
+class ScanCounts:
+    """Counts of a statement."""
+
+    def __init__(self) -> None:
+        self.records = 0
+        self.size_bytes = 0
+
+
+class Sources:
+    """The tables of a statement. `decoders`: threads that decode."""
+
+    def __init__(self, reads: Reads, decoders: Executor, *, read_wait_ms: int) -> None:
+        self._reads = reads
+        self._decoders = decoders
+        self._read_wait_ms = read_wait_ms
+        self._feeds: list[_Feed] = []
+        self._is_closed = False
+        self.counts = ScanCounts()
+        self.error: BaseException | None = None
+
+    def table(self, ranges: Sequence[ScanRange], columns: Sequence[str]) -> Table:
+        """Returns a table of these ranges. Its methods are for DuckDB's threads."""
+        loop = asyncio.get_running_loop()
+        names = tuple(columns) or ("_offset",)  # count(*) names none
+
+        async def open_feed() -> _Feed:
+            if self._is_closed:
+                raise asyncio.CancelledError
+            feed = _Feed(self._batches(ranges, names))
+            self._feeds.append(feed)
+            return feed
+
+        return Table(schema_of(names), open_feed, loop)
+
+    async def close(self) -> None:
+        """Ends all feeds."""
+        self._is_closed = True
+        feeds, self._feeds = self._feeds, []
+        await cancel_and_wait(*(feed.task for feed in feeds))
+
+    async def _batches(self, ranges: Sequence[ScanRange], columns: Sequence[str]) -> AsyncGenerator[list[Any]]:
+        loop = asyncio.get_running_loop()
+        try:
+            for wanted in ranges:
+                async for batches in scan(self._reads, wanted, max_wait_ms=self._read_wait_ms):
+                    size_bytes = sum(map(len, batches))
+                    self.counts.size_bytes += size_bytes
+                    telemetry.bytes_scanned.add(size_bytes)
+                    decoded = await loop.run_in_executor(self._decoders, _decode, wanted, batches, columns)
+                    records = sum(batch.num_rows for batch in decoded)
+                    self.counts.records += records
+                    telemetry.records_scanned.add(records)
+                    yield decoded
+        except Exception as error:
+            self.error = self.error or error
+            raise
+
+
+class Table:
+    """A topic for DuckDB (ports.Source)."""
+
+    def __init__(self, schema: Any, open_feed: Callable[[], Any], loop: asyncio.AbstractEventLoop) -> None:
+        self._schema = schema
+        self._open_feed = open_feed
+        self._loop = loop
+
+    def __arrow_c_schema__(self) -> Any:
+        return self._schema.__arrow_c_schema__()
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        reader = pa.RecordBatchReader.from_batches(self._schema, self._batches())
+        return reader.__arrow_c_stream__(requested_schema)
+
+    def _batches(self) -> Iterator[Any]:
+        feed = asyncio.run_coroutine_threadsafe(self._open_feed(), self._loop).result()
+        while (step := asyncio.run_coroutine_threadsafe(feed.next(), self._loop).result()) is not None:
+            yield from step
+
+
+class _Feed:
+    """Steps of a scan, decoded ahead of their reader."""
+
+    def __init__(self, steps: AsyncGenerator[list[Any]]) -> None:
+        self._made: asyncio.Queue[list[Any]] = asyncio.Queue(FEED_STEPS)
+        self.task = asyncio.create_task(self._make(steps), name="sql feed")
+
+    async def _make(self, steps: AsyncGenerator[list[Any]]) -> None:
+        try:
+            async for step in steps:
+                await self._made.put(step)
+        finally:
+            await steps.aclose()
+
+    async def next(self) -> list[Any] | None:
+        """Returns the record batches of the next step, None at the end. Raises the error that ended the feed, or
+        CancelledError once it is closed."""
+        if self._made.empty() and not self.task.done():
+            taken = asyncio.ensure_future(self._made.get())
+            await asyncio.wait((taken, self.task), return_when=asyncio.FIRST_COMPLETED)
+            if taken.done():
+                return taken.result()
+            await cancel_and_wait(taken)
+            if not taken.cancelled():  # both came at once
+                return taken.result()
+        if not self._made.empty():
+            return self._made.get_nowait()
+        self.task.result()
+        return None
+
+
+def _decode(wanted: ScanRange, batches: Sequence[bytes], columns: Sequence[str]) -> list[Any]:
+    """Returns the records of the range as `pyarrow.RecordBatch`es. Raises DataLoss, StatementFailed."""
+    decoded = []
+    for group in _groups(batches):
+        try:
+            records = decode_batches(group)
+        except FormatError as error:  # its CRC was right, so its writer wrote an invalid batch
+            raise DataLoss(
+                f"{wanted.topic}/{wanted.partition.partition}: records cannot be decoded: {error}",
+                topic=wanted.topic,
+                partition=wanted.partition.partition,
+            ) from error
+        records = _within(records, wanted)
+        if len(records):
+            decoded.append(to_arrow(wanted.topic, wanted.partition.partition, records, columns))
+    return decoded
+
+
+def _groups(batches: Sequence[bytes]) -> Iterator[list[bytes]]:
+    """Yields the batches, small ones together. A large one alone is decoded without a copy: its columns are views into
+    what was decompressed, while those of several are joined in new memory. Small ones, as of a leader's tail, cost more
+    as batches of their own than as a copy."""
+    group: list[bytes] = []
+    size_bytes = 0
+    for batch in batches:
+        if group and size_bytes + len(batch) > GROUP_BYTES:
+            yield group
+            group, size_bytes = [], 0
+        group.append(batch)
+        size_bytes += len(batch)
+    if group:
+        yield group
+
+
+def _within(records: Records, wanted: ScanRange) -> Records:
+    """Returns the records inside of the range's offsets: the first and the last block may hold others."""
+    first = int(records.offsets.searchsorted(wanted.offset_from))
+    last = int(records.offsets.searchsorted(wanted.offset_to))
+    return records if last - first == len(records) else records.slice(first, last)

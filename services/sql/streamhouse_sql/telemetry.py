@@ -1,0 +1,21 @@
+"""Metrics of the SQL service; no-ops until the process installs an SDK."""
+
+from opentelemetry import metrics
+from shruntime.counters import counter, up_down_counter
+
+_meter = metrics.get_meter("streamhouse.sql")
+
+statements = counter(
+    _meter,
+    "streamhouse_sql_statements",
+    "statements that ended, by outcome",
+    "outcome",
+    ("done", "failed", "cancelled"),
+)
+statements_running = up_down_counter(_meter, "streamhouse_sql_statements_running", "statements that hold a turn")
+pg_connections = up_down_counter(_meter, "streamhouse_sql_pg_connections", "sessions of PostgreSQL clients")
+statement_duration_ms = _meter.create_histogram(
+    "streamhouse_sql_statement_duration_ms", description="time of one statement, its wait for a turn included"
+)
+records_scanned = counter(_meter, "streamhouse_sql_records_scanned", "records decoded for statements")
+bytes_scanned = counter(_meter, "streamhouse_sql_bytes_scanned", "encoded batches read for statements")

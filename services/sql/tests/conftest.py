@@ -1,0 +1,52 @@
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shread.engine import build_engine
+from shruntime.clock import SystemClock
+from streamhouse_sql.settings import SqlSettings
+from streamhouse_sql.wiring import build
+
+from services.sql.tests.start_sql import Sql, StartSql
+from tests.platform.coordinator_peer import feeding
+from tests.platform.read_world import World
+
+
+@pytest.fixture
+async def platform() -> AsyncIterator[World]:
+    world = World()
+    async with feeding(world):
+        yield world
+
+
+@pytest.fixture
+async def start_sql(platform: World, tmp_path: Path) -> AsyncIterator[StartSql]:
+    """Starts SQL services over the platform; settings as keywords. `store`: another than the platform's."""
+    started: list[Sql] = []
+
+    async def start(**values: Any) -> Sql:
+        store = values.pop("store", platform.store)
+        defaults = {
+            "cache_dir": tmp_path / f"cache{len(started)}",
+            "cache_chunk_bytes": 64 * 1024,
+            "sql_temp_dir": tmp_path / "spill",
+            "sql_memory_bytes_max": 1 << 28,
+            "sql_pg_listen": "",
+        }
+        settings = SqlSettings(**(defaults | values))
+        engine = build_engine(
+            settings, platform.coordinator, store, platform.ingest_at, SystemClock(), role="query", agent_id=""
+        )
+        sql = Sql(build(settings, platform.coordinator, engine.reads), engine)
+        started.append(sql)
+        await engine.start("127.0.0.1:1")
+        await sql.parts.start("127.0.0.1:2")
+        return sql
+
+    yield start
+    for sql in started:
+        await sql.parts.stop()
+        await sql.engine.stop()
+        assert sql.left() == []
+        assert sql.parts.tasks.error is None and sql.engine.tasks.error is None

@@ -1,0 +1,45 @@
+"""docs/sql.md shows what happens: its statements are run over its records, in its order."""
+
+import pytest
+from shproto.errors import StreamHouseError
+
+from services.sql.tests.sql_page import PAGE, Example, examples, shown, topics
+from services.sql.tests.start_sql import Sql, StartSql
+from tests.platform.read_world import World
+
+pytestmark = pytest.mark.timeout(120)
+
+TEXT = PAGE.read_text()
+
+
+async def outcome(sql: Sql, example: Example) -> str:
+    try:
+        result = await sql.run(example.statement)
+    except StreamHouseError as error:
+        return f"error: {error} ({error.reason})\n"
+    if result.names == ["plan"]:  # what DuckDB does is its own
+        return "".join(
+            f"{row[0]}\n" for row in result.rows if row[0].startswith(("scan of", "  columns", "  segments", "  part"))
+        )
+    return shown(result)
+
+
+async def test_the_pages_statements_do_what_it_shows(platform: World, start_sql: StartSql) -> None:
+    await platform.start_agent("a")
+    for topic, partitions in topics(TEXT).items():
+        await platform.create_topic(topic, len(partitions))
+        for number, records in partitions.items():
+            await platform.grant("a", topic, number)
+            half = len(records) // 2
+            await platform.produce_records(records.slice(0, half), topic, number)
+            await platform.register(topic, number)
+            await platform.produce_records(records.slice(half, len(records)), topic, number)
+    sql = await start_sql()
+    found = examples(TEXT)
+    assert len(found) > 30
+    wrong = []
+    for example in found:
+        said = await outcome(sql, example)
+        if said != example.shown:
+            wrong.append(f"docs/sql.md:{example.line}\n{example.statement}\n--- shown\n{example.shown}--- now\n{said}")
+    assert not wrong, "\n\n".join(wrong)
