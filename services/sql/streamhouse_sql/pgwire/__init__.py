@@ -1,0 +1,1 @@
+"""The PostgreSQL wire protocol: statements of PostgreSQL's clients, answered by the SQL service."""

@@ -1,0 +1,1 @@
+"""The protocol's pure part: messages, types, statements about the session, the catalogue."""
