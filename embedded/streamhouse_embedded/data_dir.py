@@ -10,7 +10,7 @@ from shruntime import files
 log = logging.getLogger(__name__)
 
 
-OUR_NAMES = frozenset(("postgres", "objects", "wal", "cache", "lock"))
+OUR_NAMES = frozenset(("postgres", "objects", "wal", "cache", "sql", "lock"))
 """Our directories and our lock. Beside them lie files of PostgreSQL's, whose names begin with `postgres.`"""
 
 
@@ -40,6 +40,10 @@ class DataDir:
     @property
     def cache(self) -> Path:
         return self.path / "cache"
+
+    @property
+    def sql(self) -> Path:
+        return self.path / "sql"
 
     def lock(self) -> None:
         """Makes the directory if missing, locks it for this process, and closes its files to other users as far as this

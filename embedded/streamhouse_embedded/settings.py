@@ -1,4 +1,4 @@
-"""Settings of the embedded platform; those of the four services apply as well."""
+"""Settings of the embedded platform; those of the five services apply as well."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar

@@ -1,4 +1,4 @@
-"""Puts the four services into one process: the only place of the embedded platform that names concrete classes.
+"""Puts the five services into one process: the only place of the embedded platform that names concrete classes.
 
 Services call each other's API objects directly; clients reach all of them on one gRPC port.
 Start order: PostgreSQL, coordinator, segmenter, query, gRPC server, ingest. Stop order: ingest, query, segmenter, gRPC
@@ -36,6 +36,8 @@ from streamhouse_query import wiring as query_wiring
 from streamhouse_query.settings import QuerySettings
 from streamhouse_segmenter import wiring as segmenter_wiring
 from streamhouse_segmenter.settings import SegmenterSettings
+from streamhouse_sql import wiring as sql_wiring
+from streamhouse_sql.settings import SqlSettings
 
 from streamhouse_embedded.data_dir import DataDir
 from streamhouse_embedded.postgres import EmbeddedPostgres
@@ -48,13 +50,15 @@ AGENT_ID = "embedded"
 CALL_GRACE_MS = 500
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """Address, data directory and database that `serve` prints once clients can connect."""
+    """Addresses, data directory and database that `serve` prints once clients can connect. `sql_pg_address`: of the
+    PostgreSQL wire protocol, empty where nothing listens; `postgres_dsn` is the metadata's own database."""
 
     address: str
     data_dir: str
     postgres_dsn: str
+    sql_pg_address: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,7 @@ class _Services:
     ingest: IngestSettings
     query: QuerySettings
     segmenter: SegmenterSettings
+    sql: SqlSettings
 
     @staticmethod
     def load(data_dir: DataDir) -> "_Services":
@@ -76,6 +81,7 @@ class _Services:
             ingest=IngestSettings.load(wal_dir=str(data_dir.wal), agent_id=AGENT_ID),
             query=QuerySettings.load(cache_dir=str(data_dir.cache)),
             segmenter=SegmenterSettings.load(worker_id=AGENT_ID, amqp_url=""),
+            sql=SqlSettings.load(cache_dir=str(data_dir.cache), sql_temp_dir=str(data_dir.sql)),
         )
 
 
@@ -117,7 +123,7 @@ class EmbeddedPlatform:
         self._data_dir.lock()
         services = self._services
         await check_listen(self._settings.listen)  # before a first start takes its time for the database
-        log_memory_limits(self._settings, services.ingest, services.segmenter, services.query)
+        log_memory_limits(self._settings, services.ingest, services.segmenter, services.query, services.sql)
         telemetry = Telemetry.configure("embedded", self._settings)
         self._stack.callback(telemetry.shutdown)
         dsn = self._settings.pg_dsn or await self._start_postgres()
@@ -127,10 +133,12 @@ class EmbeddedPlatform:
         ingest = ingest_wiring.build(services.ingest, coordinator.api)
         query = query_wiring.build(services.query, coordinator.api, store, _always(ingest.api))
         segmenter = segmenter_wiring.build(services.segmenter, coordinator.api, store, _always(ingest.api))
+        sql = sql_wiring.build(services.sql, coordinator.api, query.engine.reads)
         apis = (
             (coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"], coordinator.api),
             (ingest_pb2.DESCRIPTOR.services_by_name["Ingest"], ingest.api),
             (query_pb2.DESCRIPTOR.services_by_name["Query"], query.api),
+            *sql.apis,
         )
         limits = ServerLimits.of(self._settings)
         server = RpcServer(self._settings.listen, apis, telemetry.server(), limits, self._supervisor)
@@ -146,17 +154,26 @@ class EmbeddedPlatform:
         await segmenter.start()
         self._stack.push_async_callback(query.stop)
         await query.start(address)
+        self._stack.push_async_callback(sql.stop)
+        await sql.start(address)
         # Before the agent, which waits until metadata that went back are repaired: the repair needs the coordinator.
         await server.start()
         self._stack.push_async_callback(ingest.stop)
         await ingest.start(address)
         self._stack.push_async_callback(self.tasks.stop)
         self.tasks.spawn("coordinator watch", coordinator.failed())
-        for name, tasks in (("ingest", ingest.tasks), ("query", query.tasks), ("segmenter", segmenter.tasks)):
+        for name, tasks in (
+            ("ingest", ingest.tasks),
+            ("query", query.tasks),
+            ("segmenter", segmenter.tasks),
+            ("sql", sql.tasks),
+        ):
             self.tasks.spawn(f"{name} watch", tasks.raise_failure())
         self._serving = server
         await self._update_health()
-        return Ready(address, str(self._data_dir.path), dsn)
+        return Ready(
+            address=address, data_dir=str(self._data_dir.path), postgres_dsn=dsn, sql_pg_address=sql.pg_address
+        )
 
     async def _start_postgres(self) -> str:
         postgres = EmbeddedPostgres(

@@ -120,7 +120,7 @@ class EmbeddedProcess(ServiceProcess):
     def __init__(self, data_dir: Path, log_dir: Path, environ: Mapping[str, str] | None = None) -> None:
         self.address = f"127.0.0.1:{free_ports(1)[0]}"
         arguments = ["serve", "--data-dir", str(data_dir), "--listen", self.address]
-        super().__init__("serve", arguments, environ or {}, log_dir)
+        super().__init__("serve", arguments, {"STREAMHOUSE_SQL_PG_LISTEN": "127.0.0.1:0", **(environ or {})}, log_dir)
 
     async def start_serving(self) -> None:
         """A process that does not get that far is stopped: nobody else would, most callers begin their `try` behind."""

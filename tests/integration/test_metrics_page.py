@@ -17,12 +17,13 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "metrics.md"
-NAME = re.compile(r'"(streamhouse_(?:server|ingest|segmenter|coordinator|query)_\w+)"')
+NAME = re.compile(r'"(streamhouse_(?:server|ingest|segmenter|coordinator|query|sql)_\w+)"')
 # Gauges and times of what has to happen first, and does not in this test.
 RARE = {
     "streamhouse_coordinator_events_kept",
     "streamhouse_query_fetch_duration_ms",
     "streamhouse_segmenter_orphans_waiting",
+    "streamhouse_sql_statement_duration_ms",
 }
 
 
