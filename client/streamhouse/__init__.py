@@ -1,5 +1,5 @@
-"""StreamHouse's client. `Producer`, `Consumer` and `Admin` are async; `streamhouse.sync` has the same classes for plain
-code.
+"""StreamHouse's client. `Producer`, `Consumer`, `Admin` and `Sql` are async; `streamhouse.sync` has the same classes
+for plain code.
 
 Names are loaded on first use, so that `import streamhouse` is cheap.
 """
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         RecordMetadata,
         TopicPartition,
     )
+    from streamhouse.sql import Sql, SqlResult, SqlStats
 
 _MODULES = {
     "Admin": "admin",
@@ -40,6 +41,9 @@ _MODULES = {
     "SendFuture": "delivery",
     "SendResult": "delivery",
     "SentRecords": "delivery",
+    "Sql": "sql",
+    "SqlResult": "sql",
+    "SqlStats": "sql",
     "TopicPartition": "records",
     "json_deserializer": "core.serializers",
     "json_serializer": "core.serializers",
@@ -61,6 +65,9 @@ __all__ = [
     "SendFuture",
     "SendResult",
     "SentRecords",
+    "Sql",
+    "SqlResult",
+    "SqlStats",
     "TopicPartition",
     "json_deserializer",
     "json_serializer",

@@ -98,8 +98,8 @@ class TopicDescription:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """Session of a live service. role: ingest | query | segmenter | coordinator. log_full: the log disk of an ingest
-    agent is full, so that the agent leads only partitions that no other agent can lead."""
+    """Session of a live service. role: ingest | query | segmenter | coordinator | sql. log_full: the log disk of an
+    ingest agent is full, so that the agent leads only partitions that no other agent can lead."""
 
     agent_id: str
     role: str

@@ -85,6 +85,11 @@ class MetadataCache:
             raise UnknownTopic(f"there is no topic {topic!r}", topic=topic)
         self._topics[topic] = _topic_state(found, asked_ms)
 
+    async def sql_addresses(self) -> tuple[str, ...]:
+        """Returns the addresses of the SQL services now; empty if none has a session. Raises Unavailable."""
+        response = await self._peers.coordinator.get_metadata(coordinator_pb2.GetMetadataRequest())
+        return tuple(response.sql_addresses)
+
     async def query_addresses(self) -> tuple[str, ...]:
         """Returns the addresses of the query services now; empty if no query service has a session. Raises
         Unavailable."""

@@ -246,6 +246,22 @@ def check_timeout_ms(timeout_ms: int) -> None:
     _within("timeout_ms", timeout_ms, 0, DAY_MS)
 
 
+def check_statement_timeout(timeout_ms: int | None) -> None:
+    """Checks how long a SQL statement may run; None is the server's limit. Raises InvalidArgument."""
+    if timeout_ms is not None:
+        _within("timeout_ms", timeout_ms, 1, DAY_MS)
+
+
+def check_statement(statement: object) -> None:
+    """Checks that a statement is text. Raises InvalidArgument."""
+    if not isinstance(statement, str):
+        raise InvalidArgument(f"statement is {statement!r:.100}, must be text", field="statement", value=statement)
+    try:
+        statement.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(f"statement is no text: {error.reason}", field="statement", value=error.object) from error
+
+
 def check_timestamp(timestamp_ms: int | datetime) -> None:
     """Checks a time to look up. Raises InvalidArgument."""
     if isinstance(timestamp_ms, datetime):

@@ -57,5 +57,5 @@ class PlainIteration:
 
 def _wrong(used: object, text: str, keyword: str) -> TypeError:
     name = type(used).__name__
-    client = "Consumer" if name == "BatchIterator" else name
+    client = {"BatchIterator": "Consumer", "SqlResult": "Sql"}.get(name, name)
     return TypeError(f"{name} {text.format(keyword=keyword, name=client)}")
