@@ -18,6 +18,7 @@ from streamhouse_cli import (
     restore,
     serve,
     services,
+    sql,
     status,
     sweep,
     topic,
@@ -108,6 +109,7 @@ for command in (
     topic.topic,
     produce.produce,
     consume.consume,
+    sql.sql,
     status.status,
     group.group,
     partition.partition,
@@ -121,6 +123,7 @@ for command in (
     services.ingest,
     services.segmenter,
     services.query,
+    services.sql_worker,
     services.coordinator,
 ):
     cli.add_command(command)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import select
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from streamhouse_cli.options import Delimiter, Number, bootstrap_option
+from streamhouse_cli.output import Output
 from streamhouse_cli.position import PositionOption, PositionType
 from streamhouse_cli.process import run
 from streamhouse_cli.text import record_json, text_lines
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 # The reader of the pipe sets the pace (`| less` reads on when a key is pressed): only after a day a member counts as
 # stuck, and its partitions go to other members.
 PIPE_WAIT_MS_MAX = 86_400_000
-# A pipe that polls as writable takes this many bytes without blocking (PIPE_BUF, on Linux).
-PIECE_BYTES = 4096
 
 Render = Callable[["RecordBatch"], bytes]
 
@@ -185,44 +182,3 @@ def _json_lines(batch: RecordBatch) -> bytes:
         place = {"topic": batch.topic, "partition": batch.partition, "offset": offset, "timestamp_ms": timestamp_ms}
         lines.append(record_json(place, key, value, record_headers))
     return "".join(f"{line}\n" for line in lines).encode()
-
-
-# ---- stdout
-
-
-class Output:
-    """Writes to a file descriptor. A slow reader makes only the caller wait, not the event loop: group heartbeats and
-    downloads go on while `less` shows the first page."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._poll = select.poll()
-        self._poll.register(descriptor, select.POLLOUT)
-
-    async def write(self, data: bytes) -> None:
-        """Writes all of `data`. Raises BrokenPipeError once the reader has gone, and OSError that names stdout for
-        other errors, such as a full disk."""
-        view = memoryview(data)
-        while view:
-            # Asked before each write, not set non-blocking: the descriptor's mode is shared with the shell and other
-            # programs.
-            if not self._poll.poll(0):
-                await self._writable()
-            try:
-                written = os.write(self._descriptor, view[:PIECE_BYTES])
-            except BrokenPipeError:
-                raise
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, "stdout") from error
-            view = view[written:]
-
-    async def _writable(self) -> None:
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        ready = asyncio.Event()
-        loop.add_writer(self._descriptor, ready.set)
-        try:
-            await ready.wait()
-        finally:
-            loop.remove_writer(self._descriptor)

@@ -1,6 +1,8 @@
-"""Output of commands: tables for people, JSON for scripts."""
+"""Output of commands: tables for people, JSON for scripts, bytes for pipes."""
 
 import json
+import os
+import select
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,6 +13,8 @@ from streamhouse_cli.failures import CliError
 
 # rich folds tables to 80 columns when the output is not a terminal; scripts and logs want whole lines.
 PIPE_WIDTH = 240
+# A pipe that polls as writable takes this many bytes without blocking (PIPE_BUF, on Linux).
+PIECE_BYTES = 4096
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -117,3 +121,41 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
+
+
+class Output:
+    """Writes to a file descriptor. A slow reader makes only the caller wait, not the event loop: group heartbeats and
+    downloads go on while `less` shows the first page."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+
+    async def write(self, data: bytes) -> None:
+        """Writes all of `data`. Raises BrokenPipeError once the reader has gone, and OSError that names stdout for
+        other errors, such as a full disk."""
+        view = memoryview(data)
+        while view:
+            # Asked before each write, not set non-blocking: the descriptor's mode is shared with the shell and other
+            # programs.
+            if not self._poll.poll(0):
+                await self._writable()
+            try:
+                written = os.write(self._descriptor, view[:PIECE_BYTES])
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, "stdout") from error
+            view = view[written:]
+
+    async def _writable(self) -> None:
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()
+        loop.add_writer(self._descriptor, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_writer(self._descriptor)

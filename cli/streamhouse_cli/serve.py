@@ -71,10 +71,19 @@ def _announce(ready: Ready) -> None:
         "Try next, in another terminal:\n"
         f"  streamhouse topic create orders --partitions 4{at}\n"
         f"  echo hello | streamhouse produce orders{at}\n"
-        f"  streamhouse consume orders --from earliest{at}\n\n"
+        f"  streamhouse consume orders --from earliest{at}\n{_psql_line(ready)}\n"
         "Ctrl-C stops it; nothing is lost."
     )
 
 
+def _psql_line(ready: Ready) -> str:
+    """Returns the line that runs a query with psql; empty if nothing listens for it."""
+    if not ready.sql_pg_address:
+        return ""
+    host, _, port = ready.sql_pg_address.rpartition(":")
+    return f"  psql -h {host.strip('[]')} -p {port} -d streamhouse -c 'SELECT _value FROM orders'\n"
+
+
 def _announce_json(ready: Ready) -> None:
-    click.echo(json.dumps({"address": ready.address, "data_dir": ready.data_dir, "pid": os.getpid()}))
+    said = {"address": ready.address, "data_dir": ready.data_dir, "pid": os.getpid()}
+    click.echo(json.dumps(said | {"sql_pg_address": ready.sql_pg_address or None}))

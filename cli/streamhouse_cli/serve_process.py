@@ -32,7 +32,8 @@ class ServeProcess:
     def __init__(self, data_dir: Path, log_path: Path, environ: Mapping[str, str] | None = None) -> None:
         self.data_dir = data_dir
         self._log_path = log_path
-        self._environ = {**os.environ, **(environ or {})}
+        # Any free port, as for the platform itself: several of these processes run side by side.
+        self._environ = {"STREAMHOUSE_SQL_PG_LISTEN": "127.0.0.1:0", **os.environ, **(environ or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self.address = ""
 

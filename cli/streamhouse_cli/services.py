@@ -16,7 +16,7 @@ from streamhouse_cli import process
 from streamhouse_cli.failures import CliError, one_line
 from streamhouse_cli.options import HostPort, advertise_option
 
-SETTINGS_MODULES = ("ingest", "segmenter", "query", "coordinator", "embedded")
+SETTINGS_MODULES = ("ingest", "segmenter", "query", "sql", "coordinator", "embedded")
 
 
 def load_all_settings() -> None:
@@ -75,6 +75,22 @@ def query(**options: str | None) -> None:
 
     settings = QuerySettings.load(environ_with(**options))
     from streamhouse_query.wiring import run
+
+    run_service(lambda: run(settings))
+
+
+@click.command("sql-worker", short_help="Run a SQL service.")
+@service_options
+def sql_worker(**options: str | None) -> None:
+    """Run a SQL service: runs SQL statements over topics; as many as wanted.
+
+    Settings come from STREAMHOUSE_* variables and a TOML file; docs/settings.md lists them.
+    """
+    load_all_settings()
+    from streamhouse_sql.settings import SqlSettings
+
+    settings = SqlSettings.load(environ_with(**options))
+    from streamhouse_sql.wiring import run
 
     run_service(lambda: run(settings))
 

@@ -95,7 +95,7 @@ def test_a_local_store_and_a_refusal_load_no_s3_client() -> None:
 @pytest.mark.parametrize(
     "command",
     ["serve", "topic create", "topic list", "topic describe", "topic configs", "topic alter",
-     "topic delete", "topic delete-records", "produce", "consume", "segment inspect",
+     "topic delete", "topic delete-records", "produce", "consume", "sql", "segment inspect",
      "wal inspect", "status", "group list", "group describe", "group reset-offsets", "group delete", "partition settle",
      "verify", "sweep", "health", "ingest", "segmenter", "query", "coordinator"],
 )  # fmt: skip

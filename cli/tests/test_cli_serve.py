@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -342,15 +343,18 @@ def test_a_log_that_another_process_holds_is_one_clear_line(cli: Cli, serve: Ser
 
 def test_serve_says_what_to_try_and_drains_on_sigterm(tmp_path: Path) -> None:
     cli = Cli("127.0.0.1:1")
+    cli.environ["STREAMHOUSE_SQL_PG_LISTEN"] = "127.0.0.1:0"
     process = cli.start("serve", "--data-dir", str(tmp_path / "data"), "--listen", "127.0.0.1:0")
     try:
         assert process.stdout is not None
         first = process.stdout.readline().decode()
         assert first.startswith("StreamHouse serves on 127.0.0.1:")
         address = first.split()[3].rstrip(",")
-        hints = [process.stdout.readline().decode() for _ in range(5)]
-        commands = [line for line in hints if "streamhouse " in line]
+        hints = [process.stdout.readline().decode() for _ in range(6)]
+        commands = [line for line in hints if "streamhouse " in line and "psql" not in line]
         assert len(commands) == 3 and all(f"--bootstrap {address}" in line for line in commands)
+        (psql,) = [line for line in hints if "psql " in line]
+        assert re.match(r"  psql -h 127\.0\.0\.1 -p [1-9]\d* -d streamhouse -c ", psql)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == 0, err.decode()
