@@ -2,7 +2,8 @@
 
 Starts `streamhouse serve` on a temporary directory; sends 336,776 flights; waits until every one is in a segment on
 the object store; stops the platform and starts it again, so that memory and caches are cold; reads everything back
-through a consumer group and compares it with what was sent, record by record. Exit code 0 when all is as it should be.
+through a consumer group and compares it with what was sent, record by record; asks for the flights by SQL, and compares
+the answers with its own. Exit code 0 when all is as it should be.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ask import ask
 from check import Expectation, Mismatch, Sent
 from flights import NoFlights, read_flights
 from rich.console import Console
@@ -91,7 +93,10 @@ def run(folder: Path, values: list[bytes], keys: list[bytes | None]) -> None:
     console.print("stopped; starting again with cold memory and caches")
     with platform:
         asyncio.run(read_back(platform.address, expectation, figures))
+        with console.status("asking by SQL"):
+            answers = asyncio.run(ask(platform.address, values))
     print_figures(len(values), figures)
+    console.print(answers)
 
 
 # ---- in

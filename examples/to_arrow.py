@@ -5,7 +5,7 @@ values are JSON: Arrow's reader takes them apart, all at once.
 
     pip install pyarrow           # if the extra `arrow` is not installed
     python examples/to_arrow.py
-    pip install polars duckdb     # for the last two parts
+    pip install polars duckdb     # for the last two parts; the extra sql brings duckdb
 """
 
 import argparse
@@ -74,7 +74,8 @@ def main() -> None:
     if importlib.util.find_spec("duckdb"):
         import duckdb
 
-        duckdb.sql("SELECT city, count(*) AS trips, max(km) AS longest FROM trips GROUP BY city ORDER BY city").show()
+        query = "SELECT city, count(*) AS trips, max(km) AS longest FROM trips GROUP BY city ORDER BY city"
+        print(duckdb.sql(query))
     else:
         print("DuckDB is not here: pip install duckdb")
 
