@@ -28,6 +28,7 @@ PACKAGES = (
     "services/ingest/streamhouse_ingest",
     "services/segmenter/streamhouse_segmenter",
     "services/query/streamhouse_query",
+    "services/sql/streamhouse_sql",
     "client/streamhouse",
     "embedded/streamhouse_embedded",
     "cli/streamhouse_cli",

@@ -15,7 +15,9 @@ from shstore.settings import StoreSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "settings.md"
-SERVICES = ("embedded", "ingest", "segmenter", "query", "coordinator")
+SERVICES = ("embedded", "ingest", "segmenter", "query", "sql", "coordinator")
+# Commands that are not called as their service is: `streamhouse sql` runs statements.
+COMMANDS = {"sql": "sql-worker"}
 MIB, GIB = 1024**2, 1024**3
 
 HEAD = """# Settings
@@ -35,9 +37,9 @@ numbers and `true` without quotes. Of several places that name the same setting,
 |---|---|---|
 | before the first table | every service that knows the name | any |
 | `[common]` | every service, and `serve` | [every service](#every-service) |
-| `[store]` | segmenter, query, `serve`, commands on the store | the [object store](#object-store), every service |
+| `[store]` | segmenter, query, sql, `serve`, commands on the store | the [object store](#object-store), every service |
 | `[ingest]`, `[coordinator]` | that service, on its own or inside `serve` | its own, every service |
-| `[segmenter]`, `[query]` | that service, likewise | its own, the object store, every service |
+| `[segmenter]`, `[query]`, `[sql]` | that service, likewise | its own, the object store, every service |
 | `[serve]` | `streamhouse serve` itself | its own, every service |
 
 A whole file, for a platform on S3 whose services share it:
@@ -163,7 +165,7 @@ def page() -> str:
     parts = [HEAD]
     parts += section("Every service", "Defaults may differ below.", common.items())
     own_store = ((name, field) for name, field in store.items() if name not in common)
-    parts += section("Object store", "For the services that read or write it: segmenter and query.", own_store)
+    parts += section("Object store", "For the services that read or write it: segmenter, query and sql.", own_store)
     for settings in classes:
         inherited = store if issubclass(settings, StoreSettings) else common
         own = (
@@ -172,7 +174,9 @@ def page() -> str:
             if name not in inherited or field.default != inherited[name].default
         )
         kinds = "every service" + (" and the object store" if inherited is store else "")
-        parts += section(f"`streamhouse {settings.service}`", f"Besides those of {kinds}:", own)
+        parts += section(
+            f"`streamhouse {COMMANDS.get(settings.service, settings.service)}`", f"Besides those of {kinds}:", own
+        )
     return "".join(parts)
 
 

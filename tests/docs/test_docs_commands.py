@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 from streamhouse.sync import Admin, Consumer, Producer
 from streamhouse_cli.serve_process import ServeProcess
 
@@ -115,3 +116,16 @@ def test_the_page_about_partitions(server: str, tmp_path: Path) -> None:
     assert {(partition, key) for partition, key, _, _ in found["clicks-24"]} == {(now[key], key) for key in now}
     moved = len({key for partition, key, _, _ in found["clicks"] if now[key or b""] != partition})
     assert 25 <= moved <= 75  # about half of the keys, as the page says
+
+
+def test_the_page_about_sql(server: str, tmp_path: Path) -> None:
+    first, formats = blocks("docs/sql-shell.md", "sh")
+    table, _, error, session = blocks("docs/sql-shell.md", "")
+    assert shell(first, server, tmp_path)[0].endswith(table)
+    out, _ = shell(formats, server, tmp_path)
+    assert re.fullmatch(r'_offset,_value\n0,"\{""carrier"":""\w\w"",""distance"":\d+\}"\n', out)
+    assert parquet.read_table(tmp_path / "flights.parquet").num_rows == 3
+    typed = re.findall(r"^(?:streamhouse> | +\.\.> )(.*)$", session, re.MULTILINE)
+    assert shell(f"streamhouse sql <<'END'\n{chr(10).join(typed)}\nEND\n", server, tmp_path)[0] == table
+    (tmp_path / "report.sql").write_text("SELECT 1;\n  SELECT *\nFROM flight;")
+    assert shell("! streamhouse sql -f report.sql", server, tmp_path)[1] == error

@@ -65,13 +65,32 @@ def test_the_decisions_are_numbered_without_gaps_and_listed_in_order() -> None:
         assert (folder / file).read_text().startswith(f"# {number}: {title}\n"), file
 
 
+def whole_lines(block: str) -> list[str]:
+    """Returns the lines of a block, those of a command of ours whose quotes go on in the next line as one."""
+    found: list[str] = []
+    for line in block.splitlines():
+        if found and found[-1].lstrip().startswith("streamhouse ") and _goes_on(found[-1]):
+            found[-1] += f"\n{line}"
+        else:
+            found.append(line)
+    return found
+
+
+def _goes_on(command: str) -> bool:
+    try:
+        shlex.split(command)
+    except ValueError as error:
+        return "quotation" in str(error)
+    return False
+
+
 def commands(page: Path) -> list[str]:
     """Returns the commands of ours in a page's blocks; what shows a syntax (NAME, [--option], …) is none."""
     found = []
     for indent, language, block in FENCE.findall(page.read_text()):
         if language not in ("", "sh", "bash", "cron"):
             continue
-        for line in block.splitlines():
+        for line in whole_lines(block):
             command = line.removeprefix(indent).split(" #")[0]
             for part in re.split(r"\s(?:\||&&)\s", command):
                 part = part.strip()

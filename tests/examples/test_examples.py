@@ -337,8 +337,22 @@ def test_to_arrow(examples: Examples) -> None:
         assert places == records.keys() and len(places) == 10_000
         for row in table.to_pylist():
             assert records[row["partition"], row["offset"]] == {"city": row["city"], "km": row["km"]}
-        # Neither is a dependency: without them the program says what to install.
+        # The example does without them: the program says what to install.
         for package, title, shown in (("polars", "Polars", "shape: (3, 2)"), ("duckdb", "DuckDB", "longest")):
             is_installed = importlib.util.find_spec(package) is not None
             assert (shown in out) is is_installed
             assert (f"{title} is not here: pip install {package}\n" in out) is not is_installed
+
+
+def test_sql_queries(examples: Examples) -> None:
+    for _ in range(2):
+        out = examples.run("sql_queries")
+        rides = [json.loads(record.value or b"") for record in examples.records("example-rides")]
+        assert len(rides) == 10_000
+        expected = []
+        for city in sorted({ride["city"] for ride in rides}):
+            kms = [ride["km"] for ride in rides if ride["city"] == city]
+            expected.append(f"{city}: {len(kms)} rides, {sum(kms)} km")
+        long_rides = sum(ride["km"] >= 20 for ride in rides)
+        expected += ["10000 records scanned for 3 rows", f"{long_rides} long rides", "line 1, column 18 is wrong"]
+        assert out.splitlines() == expected
