@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -65,6 +67,10 @@ RESPONSE_BYTES_MAX = 48 * 1024 * 1024
 # A statement that is to end is interrupted again after this time: an interrupt that comes between two calls of DuckDB
 # is lost.
 INTERRUPT_AGAIN_MS = 50
+# For the end of a statement, which takes some ms: some functions of DuckDB, over very long values, heed no interrupt.
+END_WAIT_MS = 1_000
+# A service that stops waits so long for such a statement, whose thread then ends with the process.
+ABANDON_MS = 5_000
 RETRY_MS = 500
 _NO_PARAMETERS = Parameters()
 
@@ -91,17 +97,17 @@ class SqlService:
         self._settings = settings
         self._slots = asyncio.Semaphore(settings.sql_statements_max)
         self._waiting = 0
-        # Not the loop's threads: a statement's thread waits for decoders, which would wait for a thread behind it.
         self.runs: set[_Run] = set()
-        self._is_closed = False
-        self._threads = ThreadPoolExecutor(settings.sql_statements_max, "sql statement")
+        self.is_closed = False
+        self._ends: set[asyncio.Task[None]] = set()
         self._decoders = ThreadPoolExecutor(settings.sql_threads, "sql decode")
 
     async def close(self) -> None:
         """Ends the statements that run with ShuttingDown, then the threads."""
-        self._is_closed = True
+        self.is_closed = True
         await asyncio.gather(*(run.end(ShuttingDown("this SQL service is stopping")) for run in list(self.runs)))
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._ends:
+            await asyncio.wait(self._ends)
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
     async def execute(self, text: str, timeout_ms: int) -> AsyncGenerator[Answer]:
@@ -114,7 +120,8 @@ class SqlService:
         began_s = time.monotonic()
         outcome = "failed"
         try:
-            statement = parse(text)
+            # In a thread: a large text takes its parser a second, in which the loop has others to serve.
+            statement = await asyncio.to_thread(parse, text)
             if isinstance(statement, Query):
                 async with contextlib.aclosing(self._run(statement, began_s, timeout_ms)) as answers:
                     async for answer in answers:
@@ -156,7 +163,7 @@ class SqlService:
 
     async def _turn(self, deadline_s: float, timeout_ms: int) -> _Run:
         """Waits for a statement's turn. Returns the statement, which holds the turn until it is over."""
-        if self._is_closed:
+        if self.is_closed:
             raise ShuttingDown("this SQL service is stopping")
         if self._slots.locked() and self._waiting >= self._settings.sql_statements_waiting_max:
             raise Overloaded(
@@ -176,7 +183,7 @@ class SqlService:
             ) from None
         finally:
             self._waiting -= 1
-        if self._is_closed:  # the turn came from a statement that the stop has ended
+        if self.is_closed:  # the turn came from a statement that the stop has ended
             self._slots.release()
             raise ShuttingDown("this SQL service is stopping")
         telemetry.statements_running.add(1)
@@ -381,12 +388,18 @@ class SqlService:
         """Returns the query over its topics. `tables` None: those of the catalog. The index may be a moment behind: a
         name that it does not know is asked for before the statement is refused."""
         try:
-            return bind(query, self._catalog.topics(), self._catalog.tables() if tables is None else tables, parameters)
+            return await self._bound(query, tables, parameters)
         except InvalidStatement as error:
             if "name" not in error.details:
                 raise
         await self._catalog.refresh()
-        return bind(query, self._catalog.topics(), self._catalog.tables() if tables is None else tables, parameters)
+        return await self._bound(query, tables, parameters)
+
+    async def _bound(
+        self, query: Query, tables: Mapping[str, TableDefinition] | None, parameters: Parameters
+    ) -> BoundQuery:
+        known = self._catalog.tables() if tables is None else tables
+        return await asyncio.to_thread(bind, query, self._catalog.topics(), known, parameters)
 
     @property
     def catalog(self) -> Catalog:
@@ -401,10 +414,12 @@ class SqlService:
         """Returns the ends of topics for a statement."""
         return Snapshot(self._reads, read_wait_ms=self._settings.sql_read_wait_ms)
 
-    @property
-    def threads(self) -> ThreadPoolExecutor:
-        """Threads of the statements, one each."""
-        return self._threads
+    def finish(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Starts the end of a statement as a task of the service, which `close` waits for."""
+        task = asyncio.create_task(work, name="end of a sql statement")
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
+        return task
 
 
 class _Run:
@@ -422,6 +437,8 @@ class _Run:
         self._lookup: asyncio.Future[None] | None = None
         self._engine: Engine | None = None
         self._ended_by: StreamHouseError | None = None
+        self._ended = asyncio.Event()
+        self._is_abandoned = False
         self._expiry = asyncio.create_task(self._expire(), name="sql statement's deadline")
         self.sources = service.new_sources()
 
@@ -437,7 +454,8 @@ class _Run:
 
     async def __aexit__(self, *_: object) -> None:
         self._service.runs.discard(self)
-        await _to_the_end(self._over())
+        # A statement whose thread does not heed the interrupt holds its turn until it does; its caller does not wait.
+        await asyncio.wait((self._service.finish(self._over()),), timeout=END_WAIT_MS / 1000)
 
     async def _over(self) -> None:
         await cancel_and_wait(self._expiry)
@@ -469,7 +487,7 @@ class _Run:
         """Returns the result of `work`, run in a thread. Raises the reason if the statement was ended, and the error of
         a source in place of DuckDB's words for it."""
         self._must_go_on()
-        self._thread = asyncio.get_running_loop().run_in_executor(self._service.threads, work)
+        self._thread = _in_daemon(work)
         try:
             return await self._result(self._thread)
         except (StreamHouseError, Interrupted):
@@ -483,19 +501,22 @@ class _Run:
             raise self._ended_by
 
     async def _result(self, call: asyncio.Future[T]) -> T:
-        """Returns the result of a call. A caller that is cancelled leaves once the call has ended."""
+        """Returns the result of a call. Raises the reason if the statement is ended meanwhile. A caller that is
+        cancelled leaves the end of the statement to the service."""
+        ended = asyncio.ensure_future(self._ended.wait())
         try:
-            await asyncio.wait((call,))  # a caller that is cancelled does not cancel the call
-        except asyncio.CancelledError:
-            await _to_the_end(self._release())
-            raise
-        if call.cancelled():
+            # A caller that is cancelled does not cancel the call.
+            await asyncio.wait((call, ended), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        if not call.done() or call.cancelled():
             self._must_go_on()
         return call.result()
 
     async def end(self, reason: StreamHouseError) -> None:
-        """Ends the statement wherever it is; its caller gets the reason with the next step."""
+        """Ends the statement wherever it is; its caller gets the reason at once."""
         self._ended_by = self._ended_by or reason
+        self._ended.set()
         await self._release()
 
     async def _expire(self) -> None:
@@ -507,12 +528,22 @@ class _Run:
         if self._lookup is not None:
             await cancel_and_wait(self._lookup)
         await self.sources.close()
+        abandoned_s = time.monotonic() + ABANDON_MS / 1000
         while self._thread is not None and not self._thread.done():
             if self._engine is not None:
                 self._engine.interrupt()
+            if self._service.is_closed and time.monotonic() > abandoned_s:
+                if not self._is_abandoned:
+                    log.error("a statement does not heed its interrupt; the service stops without it")
+                    self._thread.add_done_callback(lambda _: self._drop())
+                self._is_abandoned = True
+                return
             await asyncio.wait((self._thread,), timeout=INTERRUPT_AGAIN_MS / 1000)
         if self._thread is not None and not self._thread.cancelled():
             self._thread.exception()  # seen: of a statement that was ended it is only the interrupt
+        self._drop()
+
+    def _drop(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.close()
@@ -584,13 +615,24 @@ class OpenQuery:
             await run.__aexit__()
 
 
-async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
-    """Waits until the work has ended, however often the caller is cancelled meanwhile."""
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.shield(task)
-    task.result()
+def _in_daemon(work: Callable[[], T]) -> asyncio.Future[T]:
+    """Returns the result of `work`, run in a thread of its own. Not an executor's: Python waits for those at its end,
+    and a statement's thread may not end. Nor the loop's: it waits for decoders, which would wait for a thread."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # noqa: BLE001 - the future has it
+            report = partial(done.set_exception, error)
+        else:
+            report = partial(done.set_result, result)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: an abandoned statement
+            loop.call_soon_threadsafe(report)
+
+    threading.Thread(target=run, name="sql statement", daemon=True).start()
+    return done
 
 
 def _described(rows: Sequence[tuple[str, str, str]]) -> Any:

@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -22,6 +23,8 @@ from shproto.errors import (
     UnknownTopic,
 )
 from shstore import MemoryStore
+from streamhouse_sql import service
+from streamhouse_sql.ports import Interrupted
 
 from services.sql.tests.start_sql import Result, Sql, StartSql
 from tests.platform.read_world import World, values_of
@@ -392,7 +395,7 @@ async def test_a_statement_that_is_cancelled_leaves_nothing(
     sql = await start_sql(sql_statements_max=1)
     gated.gate.clear()
     for text, is_there in [
-        (ENDLESS, lambda: sql.service._threads._work_queue.empty() and sql.service.runs),
+        (ENDLESS, lambda: any(run._thread is not None for run in sql.service.runs)),
         ("SELECT count(*) FROM t", lambda: gated.waiting),
     ]:
         task = sql.start(text)
@@ -600,3 +603,50 @@ async def test_explain_says_what_is_read(platform: World, start_sql: StartSql) -
         "  partition 1: offsets 40 to 100",
     ]
     assert len(lines) > 4 and result.stats.records_scanned == 0
+
+
+class StuckEngine:
+    """An engine whose result comes once it is let go, and that heeds no interrupt, as some of DuckDB's functions."""
+
+    def __init__(self) -> None:
+        self.goes_on = threading.Event()
+        self.is_closed = False
+
+    def result(self, sql: str, rows_max: int) -> Any:
+        self.goes_on.wait()
+        raise Interrupted
+
+    def interrupt(self) -> None: ...
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+async def test_a_statement_that_heeds_no_interrupt_holds_its_turn_and_not_its_caller(start_sql: StartSql) -> None:
+    sql = await start_sql(sql_statements_max=1)
+    stuck = StuckEngine()
+    opened, sql.service.new_engine = sql.service.new_engine, lambda: stuck  # type: ignore[assignment]
+    with pytest.raises(StatementTimeout):
+        await sql.run("SELECT 1", timeout_ms=50)
+    assert not stuck.is_closed
+    sql.service.new_engine = opened
+    waiting = sql.start("SELECT 1")
+    stuck.goes_on.set()
+    assert (await waiting).value == 1
+    assert stuck.is_closed
+
+
+async def test_a_service_stops_beside_a_statement_that_heeds_no_interrupt(
+    start_sql: StartSql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "ABANDON_MS", 20)
+    sql = await start_sql()
+    stuck = StuckEngine()
+    sql.service.new_engine = lambda: stuck  # type: ignore[assignment]
+    task = sql.start("SELECT 1")
+    await until_true(lambda: any(run._thread is not None for run in sql.service.runs))
+    await sql.service.close()
+    with pytest.raises(ShuttingDown):
+        await task
+    stuck.goes_on.set()
+    await until_true(lambda: stuck.is_closed and sql.left() == [])
