@@ -68,7 +68,7 @@ RESPONSE_BYTES_MAX = 48 * 1024 * 1024
 # is lost.
 INTERRUPT_AGAIN_MS = 50
 # For the end of a statement, which takes some ms: some functions of DuckDB, over very long values, heed no interrupt.
-END_WAIT_MS = 1_000
+END_WAIT_MS = 5_000
 # A service that stops waits so long for such a statement, whose thread then ends with the process.
 ABANDON_MS = 5_000
 RETRY_MS = 500
@@ -415,7 +415,7 @@ class SqlService:
         return Snapshot(self._reads, read_wait_ms=self._settings.sql_read_wait_ms)
 
     def finish(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Starts the end of a statement as a task of the service, which `close` waits for."""
+        """Starts the end of a statement as a task of the service. Returns the task, which `close` waits for."""
         task = asyncio.create_task(work, name="end of a sql statement")
         self._ends.add(task)
         task.add_done_callback(self._ends.discard)

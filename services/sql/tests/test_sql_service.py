@@ -622,7 +622,10 @@ class StuckEngine:
         self.is_closed = True
 
 
-async def test_a_statement_that_heeds_no_interrupt_holds_its_turn_and_not_its_caller(start_sql: StartSql) -> None:
+async def test_a_statement_that_heeds_no_interrupt_holds_its_turn_and_not_its_caller(
+    start_sql: StartSql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "END_WAIT_MS", 20)
     sql = await start_sql(sql_statements_max=1)
     stuck = StuckEngine()
     opened, sql.service.new_engine = sql.service.new_engine, lambda: stuck  # type: ignore[assignment]
@@ -640,6 +643,7 @@ async def test_a_service_stops_beside_a_statement_that_heeds_no_interrupt(
     start_sql: StartSql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "ABANDON_MS", 20)
+    monkeypatch.setattr(service, "END_WAIT_MS", 20)
     sql = await start_sql()
     stuck = StuckEngine()
     sql.service.new_engine = lambda: stuck  # type: ignore[assignment]
