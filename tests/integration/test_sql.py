@@ -85,6 +85,6 @@ def test_a_stop_ends_a_statement_that_computes(tmp_path: Path) -> None:
         rows = iter(sql("SELECT range AS n FROM range(1000000000000)"))
         assert next(rows).num_rows > 0
         serve.stop()
-        with pytest.raises(Exception, match=r"stopping|connect|Unavailable|closed|reset|answer"):
+        with pytest.raises(Exception, match=r"stopping|connect|Unavailable|UNAVAILABLE|closed|reset|answer"):
             for _ in rows:
                 pass

@@ -140,8 +140,10 @@ class DiskCache:
             self._limit.drop(name)
             self._counters.cache_write_errors += 1
             self._complain(error)
-        if name not in self._limit:  # evicted while it was being written
-            await run_to_end(self._unlink, [name])
+        finally:
+            # Evicted while it was being written; also where the writer was cancelled, whose thread has written it.
+            if name not in self._limit:
+                await run_to_end(self._unlink, [name])
 
     async def drop(self, chunk: ChunkId) -> None:
         """Forgets a chunk, e.g. a damaged one."""
