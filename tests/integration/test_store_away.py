@@ -53,8 +53,12 @@ async def test_g7_readers_are_told_of_a_store_that_does_not_answer(cluster: Clus
             sent = await producer.send(TOPIC, b"%d" % n)
         await sent
         await producer.flush()
-    proxy.hold(Direction.UP, Direction.DOWN)
     query = QueryClient(Connection([cluster.addresses["query-1"]], timeout_ms=2_000))
+    # Before its index has the segment, the query service reads the records from the agent's log.
+    async with asyncio.timeout(60):
+        while not (await query.describe_query(query_pb2.DescribeQueryRequest())).segments_indexed:
+            await asyncio.sleep(0.05)
+    proxy.hold(Direction.UP, Direction.DOWN)
     fetched = await query.fetch(query_pb2.FetchRequest(topic=TOPIC))
     assert "object store" in fetched.waiting_reason, "told before the call's deadline"
     await query.close()
