@@ -236,6 +236,9 @@ _OTHER_SERVER = (
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.NOT_FOUND,
 )
+# grpc.aio's details of a stream that the server ended while a request was being sent; the server's own status is lost
+# then (`_StreamRequestMixin._write` of grpcio sets this one in its place).
+_ENDED_WHILE_SENDING = "Internal error from Core"
 
 
 def _service_error(error: grpc.aio.AioRpcError) -> StreamHouseError | None:
@@ -265,6 +268,8 @@ def _transport_error(error: grpc.aio.AioRpcError, address: str, path: str, hint:
         grpc.StatusCode.UNKNOWN,  # of a stream that gRPC removed, and of a server with a defect
     ):
         return Unavailable(text, address=address)
+    if code is grpc.StatusCode.INTERNAL and details == _ENDED_WHILE_SENDING:
+        return Unavailable(f"{address}: ended the stream while a request was sent", address=address)
     if code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INVALID_ARGUMENT):
         return InvalidArgument(text)
     return Internal(text)

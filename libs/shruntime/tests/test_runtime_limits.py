@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from shproto.errors import Overloaded
+from shproto.errors import Overloaded, Unavailable
 from shproto.rpc import RETRY_AFTER_MS_MAX, RETRY_AFTER_MS_MIN, Connection
 from shproto.services import QueryClient
 from shproto.v1 import query_pb2
@@ -45,6 +45,17 @@ class HeldQuery:
 
 async def one_request() -> AsyncIterator[query_pb2.SubscribeRequest]:
     yield query_pb2.SubscribeRequest()
+
+
+async def no_request() -> AsyncIterator[query_pb2.SubscribeRequest]:
+    """Sends nothing until it is cancelled: gRPC loses the status of a stream that is ended while it sends."""
+    await asyncio.Event().wait()
+    yield query_pb2.SubscribeRequest()
+
+
+async def many_requests() -> AsyncIterator[query_pb2.SubscribeRequest]:
+    for _ in range(200):
+        yield query_pb2.SubscribeRequest()
 
 
 async def started(api: HeldQuery, limits: ServerLimits) -> tuple[RpcServer, QueryClient]:
@@ -90,7 +101,7 @@ async def test_calls_beyond_the_limit_are_told_when_to_come_again() -> None:
         assert caught.value.details == {"limit": "calls_in_flight_max", "value": "2"}
         assert RETRY_AFTER_MS_MIN <= caught.value.retry_after_ms <= RETRY_AFTER_MS_MAX
         with pytest.raises(Overloaded, match="streams_open_max = 1"):
-            await anext(client.subscribe(one_request()))
+            await anext(client.subscribe(no_request()))
         assert (server.calls.calls.in_flight, server.calls.calls.refused) == (2, 1)
         assert (server.calls.streams.in_flight, server.calls.streams.refused) == (1, 1)
         api.release.set()
@@ -98,6 +109,24 @@ async def test_calls_beyond_the_limit_are_told_when_to_come_again() -> None:
         assert [answer async for answer in stream] == []
         await client.fetch(query_pb2.FetchRequest())
         assert server.calls.calls.in_flight == 0
+    finally:
+        await client.close()
+        await server.stop(0)
+
+
+async def test_a_stream_that_is_refused_while_it_sends_may_be_tried_again() -> None:
+    """Most of these end with grpc.aio's "Internal error from Core" in the place of the server's status."""
+    api = HeldQuery()
+    server, client = await started(api, ServerLimits(streams_open_max=1))
+    try:
+        stream = client.subscribe(one_request())
+        await anext(stream)
+        for _ in range(50):
+            with pytest.raises((Overloaded, Unavailable)):
+                await anext(client.subscribe(many_requests()))
+        await until(lambda: (server.calls.streams.in_flight, server.calls.streams.refused), (1, 50))
+        api.release.set()
+        assert [answer async for answer in stream] == []
     finally:
         await client.close()
         await server.stop(0)
