@@ -160,9 +160,18 @@ class Cluster(Platform):
         while 0 in self._epochs(topic):
             await asyncio.sleep(0.001)
 
+    async def delete_topic(self, topic: str = "orders") -> None:
+        """Returns once no agent leads a partition of the topic: an agent accepts its records until it reads the
+        event."""
+        partitions = range(self.partitions(topic))
+        await super().delete_topic(topic)
+        logs = [ingest.agent.running().logs for ingest in self._agents.values()]
+        while any(found.led(topic, number) for found in logs for number in partitions):
+            await asyncio.sleep(0.001)
+
     async def recreate_topic(self, topic: str, partitions: int) -> bytes:
-        """Deletes the topic, and creates another one under its name. Returns its id."""
-        await self.delete_topic(topic)
+        """Deletes the topic, and creates another one under its name before anybody notices. Returns its id."""
+        await super().delete_topic(topic)
         return await self.create_topic(topic, partitions)
 
     async def delete_records(self, topic: str, partition: int, before_offset: int) -> None:
