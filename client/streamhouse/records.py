@@ -166,18 +166,9 @@ class RecordBatch:
             metadata={"topic": self.topic, "partition": str(self.partition)},
         )
         timestamps = pa.array(self.timestamps, pa.int64()).cast(pa.timestamp("ms", tz="UTC"))
-        columns = [pa.array(self.offsets, pa.int64()), timestamps, self.keys.to_arrow(), self.values.to_arrow()]
-        return pa.RecordBatch.from_arrays([*columns, self._arrow_headers(pa)], schema=schema)
-
-    def _arrow_headers(self, pa: Any) -> Any:
         headers = self.headers or HeadersColumn.empty(len(self))
-        offsets = np.zeros(len(self) + 1, np.int32)
-        offsets[1:] = headers.ends
-        names = headers.names.to_arrow().cast(pa.string())
-        pairs = pa.StructArray.from_arrays(
-            [names, headers.values.to_arrow()], fields=list(_headers_type(pa).value_type)
-        )
-        return pa.ListArray.from_arrays(pa.array(offsets), pairs, type=_headers_type(pa))
+        columns = [pa.array(self.offsets, pa.int64()), timestamps, self.keys.to_arrow(), self.values.to_arrow()]
+        return pa.RecordBatch.from_arrays([*columns, headers.to_arrow(_headers_type(pa))], schema=schema)
 
 
 def records_of(batches: Mapping[TopicPartition, Sequence[RecordBatch]]) -> dict[TopicPartition, list[Record]]:

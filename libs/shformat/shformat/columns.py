@@ -166,6 +166,17 @@ class HeadersColumn:
             self.ends[start:stop] - first, self.names.slice(first, last), self.values.slice(first, last)
         )
 
+    def to_arrow(self, kind: Any) -> Any:
+        """Returns a pyarrow list array of type `kind`: a list of structs of a name (string) and a value (binary). The
+        values are not copied. Raises MissingExtra without pyarrow."""
+        names, values = self.names.to_arrow(), self.values.to_arrow()
+        import pyarrow as pa
+
+        offsets = np.zeros(len(self) + 1, np.int32)
+        offsets[1:] = self.ends
+        pairs = pa.StructArray.from_arrays([names.cast(pa.string()), values], fields=list(kind.value_type))
+        return pa.ListArray.from_arrays(pa.array(offsets), pairs, type=kind)
+
     @property
     def size_bytes(self) -> int:
         """Bytes of all names and values."""

@@ -48,7 +48,7 @@ def _array(topic: str, partition: int, records: Records, name: str) -> Any:
         case "_value_bytes":
             return records.values.to_arrow()
         case "_headers":
-            return _headers(records)
+            return (records.headers or HeadersColumn.empty(len(records))).to_arrow(_HEADERS)
         case "_partition":
             return pa.array(np.full(len(records), partition, np.int32))
         case "_offset":
@@ -78,15 +78,6 @@ def _is_utf8(value: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _headers(records: Records) -> Any:
-    headers = records.headers or HeadersColumn.empty(len(records))
-    offsets = np.zeros(len(records) + 1, np.int32)
-    offsets[1:] = headers.ends
-    names = headers.names.to_arrow().cast(pa.string())
-    pairs = pa.StructArray.from_arrays([names, headers.values.to_arrow()], fields=list(_HEADERS.value_type))
-    return pa.ListArray.from_arrays(pa.array(offsets), pairs, type=_HEADERS)
 
 
 def _timestamps(topic: str, partition: int, records: Records) -> Any:
