@@ -220,9 +220,9 @@ class SqlService:
         raise AssertionError(f"no command: {statement}")
 
     def _show_tables(self) -> Any:
-        rows: list[tuple[str, str, str, int | None]]
-        rows = [(name, "topic", name, partitions) for name, partitions in self._catalog.topics().items()]
         topics = self._catalog.topics()
+        rows: list[tuple[str, str, str, int | None]]
+        rows = [(name, "topic", name, partitions) for name, partitions in topics.items()]
         for name, table in self._catalog.tables().items():
             rows.append((name, "table", table.topic, topics.get(table.topic)))
         rows.sort(key=lambda row: row[:2])
@@ -354,7 +354,7 @@ class SqlService:
             return await run.in_thread(work)
         except InvalidStatement:
             known = self._catalog.tables() if tables is None else tables
-            bound = bind(query, self._catalog.topics(), known, parameters, all_columns=True)
+            bound = await self._bind(query, known, parameters, all_columns=True)
             for scan in bound.scans:
                 run.engine.add_table(scan.name, run.sources.table((), scan.columns))
             try:
@@ -376,30 +376,32 @@ class SqlService:
 
     async def bind_all_columns(self, query: Query, parameters: Parameters) -> BoundQuery:
         """Returns the query over all columns of its topics: to plan, so that errors suggest the right column."""
-        await self._bind(query, None, parameters)
-        return bind(query, self._catalog.topics(), self._catalog.tables(), parameters, all_columns=True)
+        return await self._bind(query, None, parameters, all_columns=True)
 
     async def _bind(
         self,
         query: Query,
         tables: Mapping[str, TableDefinition] | None = None,
         parameters: Parameters = _NO_PARAMETERS,
+        *,
+        all_columns: bool = False,
     ) -> BoundQuery:
         """Returns the query over its topics. `tables` None: those of the catalog. The index may be a moment behind: a
         name that it does not know is asked for before the statement is refused."""
+
+        async def bound() -> BoundQuery:
+            known = self._catalog.tables() if tables is None else tables
+            return await asyncio.to_thread(
+                bind, query, self._catalog.topics(), known, parameters, all_columns=all_columns
+            )
+
         try:
-            return await self._bound(query, tables, parameters)
+            return await bound()
         except InvalidStatement as error:
             if "name" not in error.details:
                 raise
         await self._catalog.refresh()
-        return await self._bound(query, tables, parameters)
-
-    async def _bound(
-        self, query: Query, tables: Mapping[str, TableDefinition] | None, parameters: Parameters
-    ) -> BoundQuery:
-        known = self._catalog.tables() if tables is None else tables
-        return await asyncio.to_thread(bind, query, self._catalog.topics(), known, parameters)
+        return await bound()
 
     @property
     def catalog(self) -> Catalog:
@@ -436,8 +438,7 @@ class _Run:
         self._thread: asyncio.Future[Any] | None = None
         self._lookup: asyncio.Future[None] | None = None
         self._engine: Engine | None = None
-        self._ended_by: StreamHouseError | None = None
-        self._ended = asyncio.Event()
+        self._ended_by: asyncio.Future[StreamHouseError] = asyncio.get_running_loop().create_future()
         self._is_abandoned = False
         self._expiry = asyncio.create_task(self._expire(), name="sql statement's deadline")
         self.sources = service.new_sources()
@@ -497,26 +498,22 @@ class _Run:
             raise
 
     def _must_go_on(self) -> None:
-        if self._ended_by is not None:
-            raise self._ended_by
+        if self._ended_by.done():
+            raise self._ended_by.result()
 
     async def _result(self, call: asyncio.Future[T]) -> T:
         """Returns the result of a call. Raises the reason if the statement is ended meanwhile. A caller that is
         cancelled leaves the end of the statement to the service."""
-        ended = asyncio.ensure_future(self._ended.wait())
-        try:
-            # A caller that is cancelled does not cancel the call.
-            await asyncio.wait((call, ended), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ended.cancel()
+        # A caller that is cancelled does not cancel the call.
+        await asyncio.wait((call, self._ended_by), return_when=asyncio.FIRST_COMPLETED)
         if not call.done() or call.cancelled():
             self._must_go_on()
         return call.result()
 
     async def end(self, reason: StreamHouseError) -> None:
         """Ends the statement wherever it is; its caller gets the reason at once."""
-        self._ended_by = self._ended_by or reason
-        self._ended.set()
+        if not self._ended_by.done():
+            self._ended_by.set_result(reason)
         await self._release()
 
     async def _expire(self) -> None:

@@ -7,6 +7,7 @@ closes the others. There are at most `sql_pg_statements_max` statements, and as 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -240,7 +241,7 @@ class Statements:
     async def _prepare(
         self, piece: Piece, oids: Sequence[int], *, describe: bool, may_have_parameters: bool = True
     ) -> Prepared:
-        plan = self._plan(piece)
+        plan = await self._plan(piece)
         self._check_failed(plan)
         prepared = Prepared(piece=piece, plan=plan)
         if isinstance(plan, commands.Declare):
@@ -260,7 +261,7 @@ class Statements:
             prepared.columns = await self._columns(prepared)
         return prepared
 
-    def _plan(self, piece: Piece) -> Plan:
+    async def _plan(self, piece: Piece) -> Plan:
         if (command := commands.command_of(piece)) is not None:
             return command
         catalogued = self._context.catalogue.query_of(
@@ -268,7 +269,8 @@ class Statements:
         )
         if catalogued is not None:
             return catalogued
-        statement = parse(piece.text, parameters=True)
+        # In a thread, as in `SqlService.execute`: a large text takes its parser a second.
+        statement = await asyncio.to_thread(parse, piece.text, parameters=True)
         if isinstance(statement, Explain) and numbers(statement.query.tree):
             raise PgError("0A000", "EXPLAIN of a statement with parameters is not supported")
         return statement
