@@ -63,7 +63,7 @@ async def scan(reads: Reads, wanted: ScanRange, *, max_wait_ms: int) -> AsyncGen
             topic=wanted.topic,
             offset=offset,
             bytes_max=STEP_BYTES,
-            # A byte more would make a fetch wait for records that nobody has written yet.
+            # A byte more would make a fetch wait for records that are not written yet.
             bytes_min=1,
             max_wait_ms=max_wait_ms,
             decoded_bytes_max=STEP_BYTES,
