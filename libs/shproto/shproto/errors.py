@@ -122,6 +122,18 @@ class UnknownTable(StreamHouseError):
     reason, status = "UNKNOWN_TABLE", Code.NOT_FOUND
 
 
+class JobExists(StreamHouseError):
+    """A SQL job of that name exists already. details: job."""
+
+    reason, status = "JOB_EXISTS", Code.ALREADY_EXISTS
+
+
+class UnknownJob(StreamHouseError):
+    """No SQL job has that name. details: job."""
+
+    reason, status = "UNKNOWN_JOB", Code.NOT_FOUND
+
+
 class OffsetBelowStart(StreamHouseError):
     """Retention or delete-records removed it. details: topic, partition, offset, log_start_offset."""
 

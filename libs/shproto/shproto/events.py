@@ -229,6 +229,53 @@ class SqlTableDropped(_OfSqlTable, Event):
     dropped_ms: int
 
 
+class _OfSqlJob:
+    __slots__ = ()
+    job: str
+
+    @property
+    def stream_id(self) -> str:
+        return f"sql-job/{self.job}"
+
+
+@event_type
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SqlJobCreated(_OfSqlJob, Event):
+    """A continuous query was started. kind: view | sink | insert. `producer_id`: of what it writes; never another
+    producer's."""
+
+    job_id: str
+    job: str
+    kind: str
+    statement: str
+    output_topic: str
+    output_topic_id: str
+    producer_id: int
+    created_ms: int
+
+
+@event_type
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SqlJobAltered(_OfSqlJob, Event):
+    """state: running | paused | failed | lost. `reason`: why it failed, or why its place is not known."""
+
+    job_id: str
+    job: str
+    state: str
+    reason: str
+    altered_ms: int
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class SqlJobDropped(_OfSqlJob, Event):
+    """The job is gone with its journal and checkpoints; what it has written stays."""
+
+    job_id: str
+    job: str
+    dropped_ms: int
+
+
 # ---- sessions
 
 

@@ -52,6 +52,14 @@ class CoordinatorApi(Protocol):
     async def delete_group(self, request: coordinator_pb2.DeleteGroupRequest) -> coordinator_pb2.DeleteGroupResponse: ...
     async def create_sql_table(self, request: coordinator_pb2.CreateSqlTableRequest) -> coordinator_pb2.SqlTableInfo: ...
     async def drop_sql_table(self, request: coordinator_pb2.DropSqlTableRequest) -> coordinator_pb2.DropSqlTableResponse: ...
+    async def create_sql_job(self, request: coordinator_pb2.CreateSqlJobRequest) -> coordinator_pb2.SqlJobInfo: ...
+    async def list_sql_jobs(self, request: coordinator_pb2.ListSqlJobsRequest) -> coordinator_pb2.ListSqlJobsResponse: ...
+    async def alter_sql_job(self, request: coordinator_pb2.AlterSqlJobRequest) -> coordinator_pb2.SqlJobInfo: ...
+    async def drop_sql_job(self, request: coordinator_pb2.DropSqlJobRequest) -> coordinator_pb2.DropSqlJobResponse: ...
+    async def claim_sql_jobs(self, request: coordinator_pb2.ClaimSqlJobsRequest) -> coordinator_pb2.ClaimSqlJobsResponse: ...
+    async def append_sql_journal(self, request: coordinator_pb2.AppendSqlJournalRequest) -> coordinator_pb2.AppendSqlJournalResponse: ...
+    async def store_sql_checkpoint(self, request: coordinator_pb2.StoreSqlCheckpointRequest) -> coordinator_pb2.StoreSqlCheckpointResponse: ...
+    async def fail_sql_job(self, request: coordinator_pb2.FailSqlJobRequest) -> coordinator_pb2.FailSqlJobResponse: ...
     async def declare_lost(self, request: coordinator_pb2.DeclareLostRequest) -> coordinator_pb2.DeclareLostResponse: ...
     async def complete_restore(self, request: coordinator_pb2.CompleteRestoreRequest) -> coordinator_pb2.CompleteRestoreResponse: ...
 
@@ -191,6 +199,30 @@ class CoordinatorClient:
 
     async def drop_sql_table(self, request: coordinator_pb2.DropSqlTableRequest) -> coordinator_pb2.DropSqlTableResponse:
         return await self._connection.unary("/streamhouse.v1.Coordinator/DropSqlTable", request, coordinator_pb2.DropSqlTableResponse)
+
+    async def create_sql_job(self, request: coordinator_pb2.CreateSqlJobRequest) -> coordinator_pb2.SqlJobInfo:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/CreateSqlJob", request, coordinator_pb2.SqlJobInfo)
+
+    async def list_sql_jobs(self, request: coordinator_pb2.ListSqlJobsRequest) -> coordinator_pb2.ListSqlJobsResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/ListSqlJobs", request, coordinator_pb2.ListSqlJobsResponse)
+
+    async def alter_sql_job(self, request: coordinator_pb2.AlterSqlJobRequest) -> coordinator_pb2.SqlJobInfo:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/AlterSqlJob", request, coordinator_pb2.SqlJobInfo)
+
+    async def drop_sql_job(self, request: coordinator_pb2.DropSqlJobRequest) -> coordinator_pb2.DropSqlJobResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/DropSqlJob", request, coordinator_pb2.DropSqlJobResponse)
+
+    async def claim_sql_jobs(self, request: coordinator_pb2.ClaimSqlJobsRequest) -> coordinator_pb2.ClaimSqlJobsResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/ClaimSqlJobs", request, coordinator_pb2.ClaimSqlJobsResponse)
+
+    async def append_sql_journal(self, request: coordinator_pb2.AppendSqlJournalRequest) -> coordinator_pb2.AppendSqlJournalResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/AppendSqlJournal", request, coordinator_pb2.AppendSqlJournalResponse)
+
+    async def store_sql_checkpoint(self, request: coordinator_pb2.StoreSqlCheckpointRequest) -> coordinator_pb2.StoreSqlCheckpointResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/StoreSqlCheckpoint", request, coordinator_pb2.StoreSqlCheckpointResponse)
+
+    async def fail_sql_job(self, request: coordinator_pb2.FailSqlJobRequest) -> coordinator_pb2.FailSqlJobResponse:
+        return await self._connection.unary("/streamhouse.v1.Coordinator/FailSqlJob", request, coordinator_pb2.FailSqlJobResponse)
 
     async def declare_lost(self, request: coordinator_pb2.DeclareLostRequest) -> coordinator_pb2.DeclareLostResponse:
         return await self._connection.unary("/streamhouse.v1.Coordinator/DeclareLost", request, coordinator_pb2.DeclareLostResponse)

@@ -23,6 +23,7 @@ from streamhouse_coordinator.core.names import (
     check_topic,
 )
 from streamhouse_coordinator.core.sessions import INGEST, ROLES, WalEnds, agent_id_taken
+from streamhouse_coordinator.core.sql_jobs import AskedEntry
 from streamhouse_coordinator.core.tables import SessionRow
 from streamhouse_coordinator.feed import Feed
 from streamhouse_coordinator.recovery import after_restore
@@ -37,6 +38,7 @@ from streamhouse_coordinator.service import (
     pruning,
     reach,
     sessions,
+    sql_jobs,
     sql_tables,
     topics,
     views,
@@ -49,6 +51,8 @@ _tracer = trace.get_tracer("streamhouse.coordinator")
 # Epoch of a new producer id; the epoch grows when another producer takes the id over.
 FIRST_PRODUCER_EPOCH = 0
 METADATA_TOPICS_MAX = 10_000
+# Jobs of one worker: each takes memory of its own, far more than a worker has by then.
+SQL_JOBS_PER_CALL_MAX = 10_000
 
 
 class SessionProbe(Protocol):
@@ -108,6 +112,66 @@ class CoordinatorApi:
 
     async def drop_sql_table(self, request: pb.DropSqlTableRequest) -> pb.DropSqlTableResponse:
         return pb.DropSqlTableResponse(table_id=await sql_tables.drop_sql_table(self._clients, request.table))
+
+    async def create_sql_job(self, request: pb.CreateSqlJobRequest) -> pb.SqlJobInfo:
+        view = await sql_jobs.create_sql_job(
+            self._clients, request.job, request.kind, request.statement, request.output_topic
+        )
+        return messages.sql_job_info(view)
+
+    async def list_sql_jobs(self, request: pb.ListSqlJobsRequest) -> pb.ListSqlJobsResponse:
+        views = await sql_jobs.list_sql_jobs(self._clients)
+        return pb.ListSqlJobsResponse(jobs=[messages.sql_job_info(view) for view in views])
+
+    async def alter_sql_job(self, request: pb.AlterSqlJobRequest) -> pb.SqlJobInfo:
+        return messages.sql_job_info(await sql_jobs.alter_sql_job(self._clients, request.job, request.state))
+
+    async def drop_sql_job(self, request: pb.DropSqlJobRequest) -> pb.DropSqlJobResponse:
+        return pb.DropSqlJobResponse(job_id=await sql_jobs.drop_sql_job(self._clients, request.job))
+
+    async def claim_sql_jobs(self, request: pb.ClaimSqlJobsRequest) -> pb.ClaimSqlJobsResponse:
+        for field, jobs in (("held", request.held), ("released", request.released)):
+            messages.check_count(field, jobs, SQL_JOBS_PER_CALL_MAX)
+        claimed = await sql_jobs.claim_sql_jobs(
+            self._context,
+            messages.session_id_of(request.session_token),
+            {hold.job_id: hold.epoch for hold in request.held},
+            messages.sql_job_progress(request.held),
+            {hold.job_id: hold.epoch for hold in request.released},
+            request.is_leaving,
+        )
+        return pb.ClaimSqlJobsResponse(
+            granted=[messages.sql_job_grant(grant) for grant in claimed.granted],
+            stop=[pb.SqlJobStop(job_id=job_id, epoch=epoch, why=why) for job_id, epoch, why in claimed.stop],
+        )
+
+    async def append_sql_journal(self, request: pb.AppendSqlJournalRequest) -> pb.AppendSqlJournalResponse:
+        messages.check_count("entries", request.entries, SQL_JOBS_PER_CALL_MAX)
+        asked = [
+            AskedEntry(job_id=item.job_id, epoch=item.epoch, number=item.entry.number, entry=item.entry.entry)
+            for item in request.entries
+        ]
+        session_id = messages.session_id_of(request.session_token)
+        refused = await sql_jobs.append_sql_journal(self._context, session_id, asked)
+        return pb.AppendSqlJournalResponse(
+            refused=[pb.SqlJobRefusal(job_id=job_id, error=error.to_detail()) for job_id, error in refused.items()]
+        )
+
+    async def store_sql_checkpoint(self, request: pb.StoreSqlCheckpointRequest) -> pb.StoreSqlCheckpointResponse:
+        await sql_jobs.store_sql_checkpoint(
+            self._context,
+            messages.session_id_of(request.session_token),
+            request.job_id,
+            request.epoch,
+            request.number,
+            request.checkpoint,
+        )
+        return pb.StoreSqlCheckpointResponse()
+
+    async def fail_sql_job(self, request: pb.FailSqlJobRequest) -> pb.FailSqlJobResponse:
+        session_id = messages.session_id_of(request.session_token)
+        await sql_jobs.fail_sql_job(self._context, session_id, request.job_id, request.epoch, request.reason)
+        return pb.FailSqlJobResponse()
 
     async def delete_records(self, request: pb.DeleteRecordsRequest) -> pb.DeleteRecordsResponse:
         log_start_offset, segments, size_bytes = await housekeeping.delete_records(

@@ -33,6 +33,7 @@ from streamhouse_coordinator.service import group_admin
 from streamhouse_coordinator.service.groups import Commit
 from streamhouse_coordinator.service.objects import JudgedObject
 from streamhouse_coordinator.service.sessions import Grant
+from streamhouse_coordinator.service.sql_jobs import JobGrant, JobView, Progress
 
 ID_LENGTH_MAX = 64  # a UUID has 36 characters
 SESSION_TOKEN_LENGTH_MIN = 16  # of a random secret; normally a UUID
@@ -277,6 +278,57 @@ def sql_table_info(row: t.SqlTableRow) -> pb.SqlTableInfo:
     return pb.SqlTableInfo(
         table_id=row.table_id, table=row.table_name, definition=row.definition, created_ms=row.created_ms
     )
+
+
+def sql_job_info(view: JobView) -> pb.SqlJobInfo:
+    """Returns the message of a job."""
+    row, lease = view.row, view.lease
+    progress = pb.SqlJobProgress(
+        lag_records=lease.lag_records, watermark_us=lease.watermark_us, state_bytes=lease.state_bytes
+    )
+    return pb.SqlJobInfo(
+        job_id=row.job_id,
+        job=row.job,
+        kind=row.kind,
+        statement=row.statement,
+        output_topic=row.output_topic,
+        output_topic_id=bytes.fromhex(row.output_topic_id),
+        producer_id=row.producer_id,
+        state=row.state,
+        reason=row.reason,
+        created_ms=row.created_ms,
+        epoch=lease.epoch,
+        worker_id=view.holder.agent_id if view.holder else "",
+        worker_address=view.holder.address if view.holder else "",
+        journal_number=lease.journal_number,
+        checkpoint_number=lease.checkpoint_number,
+        progress=progress if lease.reported_ms else None,
+        reported_ms=lease.reported_ms,
+    )
+
+
+def sql_job_grant(grant: JobGrant) -> pb.SqlJobGrant:
+    """Returns the message of a job that a worker took over."""
+    entries = [pb.SqlJournalEntry(number=row.number, entry=row.entry) for row in grant.journal]
+    return pb.SqlJobGrant(job=sql_job_info(grant.view), checkpoint=grant.checkpoint, journal=entries)
+
+
+def sql_job_progress(held: Iterable[pb.SqlJobHold]) -> dict[str, Progress]:
+    """Returns what a worker reports of its jobs, by job id."""
+    return {
+        hold.job_id: Progress(
+            lag_records=_checked("lag_records", hold.progress.lag_records),
+            watermark_us=hold.progress.watermark_us if hold.progress.HasField("watermark_us") else None,
+            state_bytes=_checked("state_bytes", hold.progress.state_bytes),
+        )
+        for hold in held
+        if hold.HasField("progress")
+    }
+
+
+def _checked(field: str, value: int) -> int:
+    check_number(field, value, 0, INT64_MAX)
+    return value
 
 
 def topic_info(row: t.TopicRow) -> pb.TopicInfo:

@@ -140,6 +140,9 @@ class CoordinatorSettings(CommonSettings):
     topics_max: int = Field(
         10_000, ge=1, le=1_000_000, description="topics in all; the query index holds them in memory"
     )
+    sql_jobs_max: int = Field(
+        1_000, ge=1, le=100_000, description="continuous queries; each writes some rows a second to PostgreSQL"
+    )
     sql_tables_max: int = Field(
         10_000, ge=1, le=1_000_000, description="tables declared for SQL; SQL and query services hold them in memory"
     )

@@ -26,6 +26,7 @@ SHA256 = {
     "0010_outbox_claim": "6e04876fba9b679ce13c583e33f0f33dc917ec0bfcb7aa7f52ce05e248dc31d5",
     "0011_pruned_events": "23b462107a5fddffadbfbb87cc5438d5817dc8b5dc701f787f0fa8b1ad6a95a5",
     "0012_sql_tables": "ccb0125978d1104638e27481d96c06342e33b1b161653d30640b354bf8e825c8",
+    "0013_sql_jobs": "02e748e6f1434dcd16a1e7935c08ec9c1ca87e9fd6b88b5a359aa0aa99d06c17",
 }
 
 # Two were changed before this test was there. Databases that have them as they were are brought to the same tables.

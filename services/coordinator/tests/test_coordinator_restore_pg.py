@@ -351,3 +351,27 @@ async def test_followers_are_cut_off_when_the_history_changes_under_them(
     await connection.close()
     with pytest.raises(MetadataWentBack, match="replaced"):
         await anext(events)
+
+
+async def test_a_restored_job_is_lost_since_its_place_is_not_known(
+    coordinator: CoordinatorService, open_agent: OpenAgent, dsn: str, fast: Fast
+) -> None:
+    """Started from the beginning it would write its output once more."""
+    async with platform(coordinator, open_agent) as stored, another_database(dsn) as fresh:
+        api = coordinator.api
+        topic = (await api.list_topics(pb.ListTopicsRequest())).topics[0].topic
+        made = await api.create_sql_job(
+            pb.CreateSqlJobRequest(job="copy", kind="insert", statement="INSERT", output_topic=topic)
+        )
+        await wiring.take_backup(dsn, stored.store)
+        await restore(fresh, stored.store)
+        async with running(fast(fresh)) as restored:
+            (job,) = (await restored.api.list_sql_jobs(pb.ListSqlJobsRequest())).jobs
+            assert (job.job_id, job.state) == (made.job_id, "lost") and "restored" in job.reason
+            with pytest.raises(InvalidArgument, match="restored"):
+                await restored.api.alter_sql_job(pb.AlterSqlJobRequest(job="copy", state="running"))
+            token = (
+                await restored.api.open_session(pb.OpenSessionRequest(agent_id="w", role="sql", address="127.0.0.1:1"))
+            ).session_token
+            assert not (await restored.api.claim_sql_jobs(pb.ClaimSqlJobsRequest(session_token=token))).granted
+            await restored.api.drop_sql_job(pb.DropSqlJobRequest(job="copy"))

@@ -2613,6 +2613,600 @@ class DropSqlTableResponse(_message.Message):
 Global___DropSqlTableResponse: _TypeAlias = DropSqlTableResponse  # noqa: Y015
 
 @_typing.final
+class SqlJobInfo(_message.Message):
+    """A continuous query. Its worker writes with the job's producer id, and the job's epoch as producer epoch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    STATEMENT_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOPIC_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOPIC_ID_FIELD_NUMBER: _builtins.int
+    PRODUCER_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    CREATED_MS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    WORKER_ADDRESS_FIELD_NUMBER: _builtins.int
+    JOURNAL_NUMBER_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_NUMBER_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    REPORTED_MS_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    job: _builtins.str
+    """name, in small letters"""
+    kind: _builtins.str
+    """view | sink | insert"""
+    statement: _builtins.str
+    output_topic: _builtins.str
+    output_topic_id: _builtins.bytes
+    """of the topic that had the name when the job was created"""
+    producer_id: _builtins.int
+    state: _builtins.str
+    """running | paused | failed | lost"""
+    reason: _builtins.str
+    """why it failed, or why its place is not known"""
+    created_ms: _builtins.int
+    epoch: _builtins.int
+    """raised with every worker that takes the job over"""
+    worker_id: _builtins.str
+    """the worker that holds the job now; empty: none"""
+    worker_address: _builtins.str
+    journal_number: _builtins.int
+    """of the last micro-batch in the journal; 0: none"""
+    checkpoint_number: _builtins.int
+    """of the last micro-batch that a checkpoint covers; 0: none"""
+    reported_ms: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___SqlJobProgress:
+        """as last reported; missing: never"""
+
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        job: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        statement: _builtins.str = ...,
+        output_topic: _builtins.str = ...,
+        output_topic_id: _builtins.bytes = ...,
+        producer_id: _builtins.int = ...,
+        state: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        created_ms: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        worker_id: _builtins.str = ...,
+        worker_address: _builtins.str = ...,
+        journal_number: _builtins.int = ...,
+        checkpoint_number: _builtins.int = ...,
+        progress: Global___SqlJobProgress | None = ...,
+        reported_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_number", b"checkpoint_number", "created_ms", b"created_ms", "epoch", b"epoch", "job", b"job", "job_id", b"job_id", "journal_number", b"journal_number", "kind", b"kind", "output_topic", b"output_topic", "output_topic_id", b"output_topic_id", "producer_id", b"producer_id", "progress", b"progress", "reason", b"reason", "reported_ms", b"reported_ms", "state", b"state", "statement", b"statement", "worker_address", b"worker_address", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SqlJobInfo: _TypeAlias = SqlJobInfo  # noqa: Y015
+
+@_typing.final
+class SqlJobProgress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAG_RECORDS_FIELD_NUMBER: _builtins.int
+    WATERMARK_US_FIELD_NUMBER: _builtins.int
+    STATE_BYTES_FIELD_NUMBER: _builtins.int
+    lag_records: _builtins.int
+    """written to the inputs and not read yet"""
+    watermark_us: _builtins.int
+    state_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        lag_records: _builtins.int = ...,
+        watermark_us: _builtins.int | None = ...,
+        state_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_watermark_us", b"_watermark_us", "watermark_us", b"watermark_us"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_watermark_us", b"_watermark_us", "lag_records", b"lag_records", "state_bytes", b"state_bytes", "watermark_us", b"watermark_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__watermark_us: _TypeAlias = _typing.Literal["watermark_us"]  # noqa: Y015
+    _WhichOneofArgType__watermark_us: _TypeAlias = _typing.Literal["_watermark_us", b"_watermark_us"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__watermark_us) -> _WhichOneofReturnType__watermark_us | None: ...
+
+Global___SqlJobProgress: _TypeAlias = SqlJobProgress  # noqa: Y015
+
+@_typing.final
+class CreateSqlJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    STATEMENT_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOPIC_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    kind: _builtins.str
+    statement: _builtins.str
+    output_topic: _builtins.str
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        statement: _builtins.str = ...,
+        output_topic: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "kind", b"kind", "output_topic", b"output_topic", "statement", b"statement"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateSqlJobRequest: _TypeAlias = CreateSqlJobRequest  # noqa: Y015
+
+@_typing.final
+class ListSqlJobsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSqlJobsRequest: _TypeAlias = ListSqlJobsRequest  # noqa: Y015
+
+@_typing.final
+class ListSqlJobsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SqlJobInfo]: ...
+    def __init__(
+        self,
+        *,
+        jobs: _abc.Iterable[Global___SqlJobInfo] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSqlJobsResponse: _TypeAlias = ListSqlJobsResponse  # noqa: Y015
+
+@_typing.final
+class AlterSqlJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    state: _builtins.str
+    """running | paused; a job whose place is lost can only be dropped"""
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        state: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AlterSqlJobRequest: _TypeAlias = AlterSqlJobRequest  # noqa: Y015
+
+@_typing.final
+class DropSqlJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DropSqlJobRequest: _TypeAlias = DropSqlJobRequest  # noqa: Y015
+
+@_typing.final
+class DropSqlJobResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DropSqlJobResponse: _TypeAlias = DropSqlJobResponse  # noqa: Y015
+
+@_typing.final
+class SqlJournalEntry(_message.Message):
+    """A micro-batch whose boundaries are fixed: run again, it gives the same output."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    ENTRY_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """counted up from 1"""
+    entry: _builtins.bytes
+    """as the worker encodes it"""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        entry: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SqlJournalEntry: _TypeAlias = SqlJournalEntry  # noqa: Y015
+
+@_typing.final
+class SqlJobHold(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    epoch: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___SqlJobProgress:
+        """missing: nothing new"""
+
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        progress: Global___SqlJobProgress | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "job_id", b"job_id", "progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SqlJobHold: _TypeAlias = SqlJobHold  # noqa: Y015
+
+@_typing.final
+class ClaimSqlJobsRequest(_message.Message):
+    """Once per tick of a worker, with every job that it runs. A job of its own that is missing is granted again, under the next
+    epoch: the answer that granted it was lost, or the worker has started anew.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_TOKEN_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    RELEASED_FIELD_NUMBER: _builtins.int
+    IS_LEAVING_FIELD_NUMBER: _builtins.int
+    session_token: _builtins.str
+    is_leaving: _builtins.bool
+    """grant nothing"""
+    @_builtins.property
+    def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___SqlJobHold]: ...
+    @_builtins.property
+    def released(self) -> _containers.RepeatedCompositeFieldContainer[Global___SqlJobHold]:
+        """stopped by the worker: others may have them"""
+
+    def __init__(
+        self,
+        *,
+        session_token: _builtins.str = ...,
+        held: _abc.Iterable[Global___SqlJobHold] | None = ...,
+        released: _abc.Iterable[Global___SqlJobHold] | None = ...,
+        is_leaving: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "is_leaving", b"is_leaving", "released", b"released", "session_token", b"session_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClaimSqlJobsRequest: _TypeAlias = ClaimSqlJobsRequest  # noqa: Y015
+
+@_typing.final
+class SqlJobGrant(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    JOURNAL_FIELD_NUMBER: _builtins.int
+    checkpoint: _builtins.bytes
+    """as the worker encodes it; empty: none yet"""
+    @_builtins.property
+    def job(self) -> Global___SqlJobInfo: ...
+    @_builtins.property
+    def journal(self) -> _containers.RepeatedCompositeFieldContainer[Global___SqlJournalEntry]:
+        """of the micro-batches behind the checkpoint, ascending"""
+
+    def __init__(
+        self,
+        *,
+        job: Global___SqlJobInfo | None = ...,
+        checkpoint: _builtins.bytes = ...,
+        journal: _abc.Iterable[Global___SqlJournalEntry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "job", b"job", "journal", b"journal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SqlJobGrant: _TypeAlias = SqlJobGrant  # noqa: Y015
+
+@_typing.final
+class SqlJobStop(_message.Message):
+    """A job that the worker has to stop. moving: it still holds the job, and releases it once stopped. Else it holds it no more:
+    paused, failed, dropped, or taken over by another.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    epoch: _builtins.int
+    why: _builtins.str
+    """moving | paused | failed | dropped | taken_over"""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "job_id", b"job_id", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SqlJobStop: _TypeAlias = SqlJobStop  # noqa: Y015
+
+@_typing.final
+class ClaimSqlJobsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRANTED_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def granted(self) -> _containers.RepeatedCompositeFieldContainer[Global___SqlJobGrant]: ...
+    @_builtins.property
+    def stop(self) -> _containers.RepeatedCompositeFieldContainer[Global___SqlJobStop]: ...
+    def __init__(
+        self,
+        *,
+        granted: _abc.Iterable[Global___SqlJobGrant] | None = ...,
+        stop: _abc.Iterable[Global___SqlJobStop] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["granted", b"granted", "stop", b"stop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClaimSqlJobsResponse: _TypeAlias = ClaimSqlJobsResponse  # noqa: Y015
+
+@_typing.final
+class AppendSqlJournalRequest(_message.Message):
+    """Micro-batches of all jobs of a worker in one transaction. A refused entry leaves the others as they are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_TOKEN_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    session_token: _builtins.str
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___SqlJobEntry]:
+        """at most one of a job"""
+
+    def __init__(
+        self,
+        *,
+        session_token: _builtins.str = ...,
+        entries: _abc.Iterable[Global___SqlJobEntry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "session_token", b"session_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppendSqlJournalRequest: _TypeAlias = AppendSqlJournalRequest  # noqa: Y015
+
+@_typing.final
+class SqlJobEntry(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    ENTRY_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    epoch: _builtins.int
+    @_builtins.property
+    def entry(self) -> Global___SqlJournalEntry: ...
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        entry: Global___SqlJournalEntry | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "epoch", b"epoch", "job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SqlJobEntry: _TypeAlias = SqlJobEntry  # noqa: Y015
+
+@_typing.final
+class SqlJobRefusal(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    @_builtins.property
+    def error(self) -> _types_pb2.ErrorDetail: ...
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        error: _types_pb2.ErrorDetail | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SqlJobRefusal: _TypeAlias = SqlJobRefusal  # noqa: Y015
+
+@_typing.final
+class AppendSqlJournalResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFUSED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___SqlJobRefusal]: ...
+    def __init__(
+        self,
+        *,
+        refused: _abc.Iterable[Global___SqlJobRefusal] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refused", b"refused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AppendSqlJournalResponse: _TypeAlias = AppendSqlJournalResponse  # noqa: Y015
+
+@_typing.final
+class StoreSqlCheckpointRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_TOKEN_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    session_token: _builtins.str
+    job_id: _builtins.str
+    epoch: _builtins.int
+    number: _builtins.int
+    """of the last micro-batch that it covers"""
+    checkpoint: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        session_token: _builtins.str = ...,
+        job_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        number: _builtins.int = ...,
+        checkpoint: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "epoch", b"epoch", "job_id", b"job_id", "number", b"number", "session_token", b"session_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreSqlCheckpointRequest: _TypeAlias = StoreSqlCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class StoreSqlCheckpointResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreSqlCheckpointResponse: _TypeAlias = StoreSqlCheckpointResponse  # noqa: Y015
+
+@_typing.final
+class FailSqlJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_TOKEN_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    session_token: _builtins.str
+    job_id: _builtins.str
+    epoch: _builtins.int
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        session_token: _builtins.str = ...,
+        job_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "job_id", b"job_id", "reason", b"reason", "session_token", b"session_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FailSqlJobRequest: _TypeAlias = FailSqlJobRequest  # noqa: Y015
+
+@_typing.final
+class FailSqlJobResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FailSqlJobResponse: _TypeAlias = FailSqlJobResponse  # noqa: Y015
+
+@_typing.final
 class TopicPartition(_message.Message):
     """---- consumer groups"""
 

@@ -108,6 +108,33 @@ def _(event: ev.SqlTableDropped) -> RowOps:
 
 
 @row_ops.register
+def _(event: ev.SqlJobCreated) -> RowOps:
+    row = t.SqlJobRow(
+        job=event.job,
+        job_id=event.job_id,
+        kind=event.kind,
+        statement=event.statement,
+        output_topic=event.output_topic,
+        output_topic_id=event.output_topic_id,
+        producer_id=event.producer_id,
+        state="running",
+        reason="",
+        created_ms=event.created_ms,
+    )
+    return (Put(t.SQL_JOBS, row),)
+
+
+@row_ops.register
+def _(event: ev.SqlJobAltered) -> RowOps:
+    return (Set(t.SQL_JOBS, (event.job,), {"state": event.state, "reason": event.reason}),)
+
+
+@row_ops.register
+def _(event: ev.SqlJobDropped) -> RowOps:
+    return (Remove(t.SQL_JOBS, {"job": event.job}),)
+
+
+@row_ops.register
 def _(event: ev.SessionOpened) -> RowOps:
     row = t.SessionRow(
         session_id=event.session_id,

@@ -17,27 +17,29 @@ _NAME = re.compile(r"[a-z_][a-z0-9_$]{0,127}")
 DEFINITION_CHARS_MAX = 256 * 1024
 
 
-def _check_name(table: str) -> None:
-    if not _NAME.fullmatch(table):
+def check_sql_name(field: str, name: str) -> None:
+    """Checks the name of a table or job. Raises InvalidArgument."""
+    if not _NAME.fullmatch(name):
         raise InvalidArgument(
-            f"table {table[:300]!r} is not a legal name: 1 to 128 of a-z 0-9 _ $, the first a letter or _",
-            field="table",
-            value=table[:300],
+            f"{field} {name[:300]!r} is not a legal name: 1 to 128 of a-z 0-9 _ $, the first a letter or _",
+            field=field,
+            value=name[:300],
             limit=128,
         )
 
 
 def check_create(table: str, definition: str) -> None:
     """Checks a new table. Raises InvalidArgument that names the field, its limit and the value."""
-    _check_name(table)
+    check_sql_name("table", table)
     check_text("definition", definition, DEFINITION_CHARS_MAX)
 
 
 def create(
-    asked: SqlTableCreated, same_name: Collection[SqlTableRow], table_count: int, tables_max: int
+    asked: SqlTableCreated, same_name: Collection[SqlTableRow], has_view: bool, table_count: int, tables_max: int
 ) -> SqlTableCreated:
-    """Returns the event of a new table. Raises TableExists, or Overloaded if there are too many tables."""
-    if same_name:
+    """Returns the event of a new table. `has_view`: a view has its name. Raises TableExists, or Overloaded if there are
+    too many tables."""
+    if same_name or has_view:
         raise TableExists(f"table {asked.table!r} exists already", table=asked.table)
     if table_count >= tables_max:
         raise Overloaded(

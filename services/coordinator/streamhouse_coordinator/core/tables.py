@@ -209,7 +209,63 @@ class SqlTableRow:
     created_ms: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SqlJobRow:
+    """A continuous query. `job` is its name in small letters; `kind`: view | sink | insert; `state`: running | paused |
+    failed | lost."""
+
+    job: str
+    job_id: str
+    kind: str
+    statement: str
+    output_topic: str
+    output_topic_id: str
+    producer_id: int
+    state: str
+    reason: str
+    created_ms: int
+
+
 # ---- state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SqlJobLeaseRow:
+    """Hold of a worker's session on a job, until the session ends (empty: none). `epoch` only grows, one with every new
+    holder: it is the producer epoch of what the holder writes. The numbers are those of the last micro-batch in the
+    journal and of the last that a checkpoint covers; `journal_bytes` is the size of the entries between. The rest was
+    reported by the holder at `reported_ms`, 0: nothing yet."""
+
+    job_id: str
+    session_id: str
+    epoch: int
+    journal_number: int = 0
+    checkpoint_number: int = 0
+    journal_bytes: int = 0
+    lag_records: int = 0
+    watermark_us: int | None = None
+    state_bytes: int = 0
+    reported_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SqlJournalRow:
+    """A micro-batch behind the checkpoint, with fixed boundaries. `epoch`: of the worker that fixed them."""
+
+    job_id: str
+    number: int
+    epoch: int
+    entry: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SqlCheckpointRow:
+    """The last checkpoint of a job. `number`: of the last micro-batch that it covers."""
+
+    job_id: str
+    number: int
+    epoch: int
+    checkpoint: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -397,6 +453,8 @@ class EventRow:
     created_ms: int
 
 
+# A kind of SQL job whose result is a table, too.
+VIEW = "view"
 OPEN, ORPHANED, SETTLED, LOST = "open", "orphaned", "settled", "lost"
 
 TOPICS = Table(name="topics", row=TopicRow, key=("topic_id",), projection=True)
@@ -408,6 +466,7 @@ DELETED_TOPICS = Table(name="deleted_topics", row=DeletedTopicRow, key=("topic_i
 SEGMENTS = Table(name="segments", row=SegmentRow, key=("segment_id",), projection=True)
 GROUPS = Table(name="groups", row=GroupRow, key=("group_name",), projection=True)
 GROUP_MEMBERS = Table(name="group_members", row=GroupMemberRow, key=("group_name", "member_id"), projection=True)
+SQL_JOBS = Table(name="sql_jobs", row=SqlJobRow, key=("job",), projection=True)
 SQL_TABLES = Table(name="sql_tables", row=SqlTableRow, key=("table_name",), projection=True)
 
 SESSION_LEASES = Table(name="session_leases", row=SessionLeaseRow, key=("session_id",))
@@ -426,6 +485,9 @@ GROUP_MEMBER_STATE = Table(name="group_member_state", row=GroupMemberStateRow, k
 GROUP_OFFSETS = Table(name="group_offsets", row=GroupOffsetRow, key=("group_name", "topic_id", "partition"))
 UPLOAD_INTENTS = Table(name="upload_intents", row=UploadIntentRow, key=("object_key",))
 DELETIONS = Table(name="deletions", row=DeletionRow, key=("object_key",))
+SQL_JOB_LEASES = Table(name="sql_job_leases", row=SqlJobLeaseRow, key=("job_id",))
+SQL_JOURNAL = Table(name="sql_journal", row=SqlJournalRow, key=("job_id", "number"))
+SQL_CHECKPOINTS = Table(name="sql_checkpoints", row=SqlCheckpointRow, key=("job_id",))
 SWEEPS = Table(name="sweeps", row=SweepRow, key=("name",))
 HISTORIES = Table(name="histories", row=HistoryRow, key=("nth",))
 FORKS = Table(name="forks", row=ForkRow, key=("history_id",))
@@ -447,6 +509,7 @@ LOCK_ORDER: tuple[Table[Any], ...] = (
     PRODUCER_SNAPSHOTS,
     GROUP_OFFSETS,
     SWEEPS,
+    SQL_JOB_LEASES,  # for the journal and the checkpoint of the job
     SESSION_LEASES,  # last: a heartbeat holds a single lease and nothing else
 )
 _LOCK_RANKS = {table.name: rank for rank, table in enumerate(LOCK_ORDER)}
@@ -468,6 +531,7 @@ PROJECTIONS: tuple[Table[object], ...] = (
     GROUP_MEMBERS,
     DELETED_TOPICS,
     SQL_TABLES,
+    SQL_JOBS,
 )  # type: ignore[assignment]
 
 
@@ -495,6 +559,9 @@ STATE: tuple[Table[object], ...] = (
     UPLOAD_INTENTS,
     DELETIONS,
     SWEEPS,
+    SQL_JOB_LEASES,
+    SQL_JOURNAL,
+    SQL_CHECKPOINTS,
     HISTORIES,
     FORKS,
     HISTORY_MARKS,

@@ -21,7 +21,8 @@ VERSION = 2
 # Version 1 has all events from the first on, and no bases.
 VERSIONS_READ = (1, 2)
 # A restore needs the projections as of the last pruned event, and the events since. Leases, claims, members and sweeps
-# belong to processes that are gone by then; producers' state is left out (see restore_plan.py).
+# belong to processes that are gone by then; producers' state is left out (see restore_plan.py), and so are the
+# journals and checkpoints of SQL jobs, which continue it.
 BASES: dict[str, t.Table[Any]] = {base.name: base for base in map(t.base_of, t.PROJECTIONS)}
 TABLES: tuple[t.Table[Any], ...] = (*BASES.values(), t.EVENTS, t.HISTORIES, t.LOST_SPANS, t.GROUP_OFFSETS)
 # Rows of an object, some 400 bytes each: 8 MB in memory at once, and a request of a second or two.

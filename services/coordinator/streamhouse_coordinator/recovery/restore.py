@@ -22,6 +22,7 @@ from shproto.events import (
 )
 from shstore import ObjectStore
 
+from streamhouse_coordinator.core import sql_jobs
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.projection import Put, Remove, Set, replayed, row_ops
 from streamhouse_coordinator.core.tables import PartitionRowKey
@@ -169,7 +170,7 @@ async def _append(tx: RestoreTransaction, events: Sequence[Event]) -> None:
 
 async def _end_the_moment(tx: RestoreTransaction) -> None:
     """Ends sessions and group memberships: their processes ended with the old database. The buffers that they had
-    sealed are not in a backup."""
+    sealed are not in a backup, nor is the place of SQL jobs."""
     why = restore_plan.WHY_RESTORED
     events: list[Event] = [
         SessionClosed(session_id=row.session_id, agent_id=row.agent_id, role=row.role, why=why)
@@ -179,6 +180,10 @@ async def _end_the_moment(tx: RestoreTransaction) -> None:
     for group in await tx.select(t.GROUPS):
         generation = group.generation + restore_plan.JUMP_GENERATIONS
         events.append(GroupRebalanced(group.group_name, generation, {}))
+    # Journals and checkpoints are not in a backup: the log may hold output of later micro-batches. Agents refuse the
+    # producers of before the restore.
+    now_ms = await tx.now_ms()
+    events += [sql_jobs.lose(row, now_ms) for row in await tx.select(t.SQL_JOBS)]
     await _append(tx, events)
 
 

@@ -18,9 +18,10 @@ async def create_sql_table(context: Context, table: str, definition: str) -> t.S
 
     async def work(tx: Transaction) -> t.SqlTableRow:
         same_name = await tx.select(t.SQL_TABLES, where(table_name=table))
+        has_view = bool(await tx.select(t.SQL_JOBS, where(job=table, kind=t.VIEW)))
         count = (await tx.totals(t.SQL_TABLES, where()))[0].count
         asked = SqlTableCreated(table_id=table_id, table=table, definition=definition, created_ms=await tx.now_ms())
-        await tx.append([sql_tables.create(asked, same_name, count, context.settings.sql_tables_max)])
+        await tx.append([sql_tables.create(asked, same_name, has_view, count, context.settings.sql_tables_max)])
         return (await tx.select(t.SQL_TABLES, where(table_name=table)))[0]
 
     return await context.store.run(work, lock=SQL_LOCK)
