@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from streamhouse.core.murmur2 import partition_of
+from shformat.murmur2 import partition_of
 from streamhouse.records import RecordBatch
 
 

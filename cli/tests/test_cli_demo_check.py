@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from shformat import Records
-from streamhouse.core.murmur2 import partition_of
+from shformat.murmur2 import partition_of
 from streamhouse.records import RecordBatch
 
 pytestmark = pytest.mark.quick

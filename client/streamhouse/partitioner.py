@@ -13,10 +13,10 @@ from typing import SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
+from shformat.murmur2 import partition_of, partitions_of
 from shproto.errors import UnknownPartition
 
 from streamhouse.accumulator import RecordAccumulator
-from streamhouse.core.murmur2 import partition_of, partitions_of
 from streamhouse.core.options import PartitionFunction, partition_number
 from streamhouse.core.partition_queue import PartitionQueue
 from streamhouse.core.record_checks import RecordColumns

@@ -8,10 +8,10 @@ from datetime import UTC, datetime, timedelta, timezone
 import numpy as np
 import pytest
 from shformat import decode_batch
+from shformat.murmur2 import partition_of
 from shproto.v1 import types_pb2
 from streamhouse import Producer, errors, partitioner
 from streamhouse.core import partition_queue
-from streamhouse.core.murmur2 import partition_of
 from streamhouse.core.partition_queue import SMALL_IN_FLIGHT_MAX
 from streamhouse.leader_connection import LeaderConnection
 from streamhouse.metadata import MetadataCache

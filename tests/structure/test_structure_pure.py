@@ -32,7 +32,6 @@ PURE = (
     "streamhouse.core.sync_mismatch",
     "streamhouse.core.kafka_names",
     "streamhouse.core.lag",
-    "streamhouse.core.murmur2",
     "streamhouse.core.buffer_pool",
     "streamhouse.core.partition_queue",
     "streamhouse.core.producer_batch",

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shformat import BytesColumn
-from streamhouse.core.murmur2 import murmur2, murmur2_many, partition_of, partitions_of
+from shformat.murmur2 import murmur2, murmur2_many, partition_of, partitions_of
 
 pytestmark = pytest.mark.quick
 

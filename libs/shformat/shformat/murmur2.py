@@ -5,7 +5,8 @@ murmur2 as in org.apache.kafka.common.utils.Utils (seed 0x9747b28c), for a singl
 
 import numpy as np
 from numpy.typing import NDArray
-from shformat import BytesColumn
+
+from .columns import BytesColumn
 
 _SEED = 0x9747B28C
 _M = 0x5BD1E995
