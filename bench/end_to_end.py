@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from shruntime.signals import restore_sigint
+from shruntime.signals import restore_sigint, run_until_sigterm
 from streamhouse import Admin, Consumer, Producer
 from streamhouse_cli.serve_process import ServeProcess
 
@@ -55,8 +54,6 @@ Run = dict[str, float]
 
 
 def main() -> int:
-    # As Ctrl-C: unwinds, so that the platform that was started is ended and its directory removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options = parse_options()
     values = make_records(RECORD_BYTES)
     runs: list[Run] = []
@@ -259,6 +256,7 @@ def print_codec(figures: dict[str, float]) -> None:
 if __name__ == "__main__":
     restore_sigint()
     try:
-        sys.exit(main())
+        # Unwinds, so that the platform that was started is ended and its directory removed.
+        sys.exit(run_until_sigterm(main))
     except Wrong as error:
         sys.exit(f"wrong: {error}")

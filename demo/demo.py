@@ -7,7 +7,6 @@ the answers with its own. Exit code 0 when all is as it should be.
 """
 
 import asyncio
-import signal
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from flights import NoFlights, read_flights
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from shruntime.signals import restore_sigint
+from shruntime.signals import restore_sigint, run_until_sigterm
 from streamhouse import Admin, Consumer, Producer, SendResult
 from streamhouse.errors import StreamHouseError
 from streamhouse_cli.output import show_bytes
@@ -64,7 +63,6 @@ class Figures:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with console.status("reading the flights"):
             values, keys = read_flights()
@@ -245,4 +243,4 @@ def rows(count: int, figures: Figures) -> Sequence[tuple[str, str]]:
 
 if __name__ == "__main__":
     restore_sigint()
-    sys.exit(main())
+    sys.exit(run_until_sigterm(main))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from types import FrameType
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -74,6 +74,31 @@ def restore_sigint() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def run_until_sigterm(main: Callable[[], int]) -> int:
+    """Runs `main`; returns its exit code, or that of SIGTERM, which ends it as Ctrl-C does.
+
+    An event loop that runs in `main` ends its tasks first. An exception raised by the handler would instead pass
+    through whatever runs at that moment: through a callback of gRPC's C core, which then crashes as the process ends.
+    """
+    has_come = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal has_come
+        has_come = True
+        signal.raise_signal(signal.SIGINT)
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        if not has_come:
+            raise
+        code = 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 128 + signal.SIGTERM if has_come else code
 
 
 def let_pass(number: int, frame: FrameType | None) -> None:
