@@ -10,6 +10,8 @@ from streamhouse.errors import StreamHouseError
 
 from tests.bare import bare
 
+pytestmark = pytest.mark.long
+
 PATIENCE_S = 60
 MAIN = "from streamhouse_cli import main; main(prog_name='streamhouse')"
 READ = """
@@ -85,6 +87,7 @@ def test_a_module_of_ours_that_is_missing_keeps_its_traceback() -> None:
     assert done.returncode == 1 and "Traceback" in done.stderr and "streamhouse.nothing" in done.stderr
 
 
+@pytest.mark.smoke
 async def test_records_are_produced_and_consumed_without_extras(platform, address) -> None:
     await platform.create_topic("t", 2)
     code, _, err = await run_beside(MAIN, "produce", "t", "--bootstrap", address, stdin=b"a\nb\nc\n")
@@ -120,6 +123,7 @@ async def test_to_arrow_without_pyarrow_names_the_extra(platform, address) -> No
     assert err.endswith(f"to_arrow() needs pyarrow, which is not installed: {how}\n")
 
 
+@pytest.mark.smoke
 def test_a_missing_package_is_no_error_of_the_services() -> None:
     """It is a ModuleNotFoundError, and so nothing that a program tries again."""
     from shformat import MissingExtra

@@ -17,6 +17,8 @@ from shproto.errors import InvalidBatch, Unavailable
 from streamhouse_cli.app import FriendlyGroup
 from streamhouse_coordinator.core.tables import TOPICS
 
+pytestmark = pytest.mark.long
+
 PATIENCE_S = 60
 CLI = [sys.executable, "-m", "streamhouse_cli"]
 ONE_HOUR_MS = "3600000"
@@ -163,6 +165,7 @@ def test_a_failed_delivery_counts_what_failed_and_what_did_not(topic):
     assert (code, err) == (1, "error: no (INVALID_BATCH); 2 records failed, 1 was acknowledged\n")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_other_commands_end_on_a_signal_without_a_word(topic, number, code):
     topic.faults.fail("get_metadata", Unavailable("down"))  # so that it waits
@@ -405,6 +408,7 @@ def test_files_and_connections_never_get_the_numbers_of_standard_streams(tmp_pat
         assert done.returncode == 0, closed
 
 
+@pytest.mark.smoke
 def test_a_broken_connection_is_not_taken_for_a_reader_that_has_gone():
     @click.group(cls=FriendlyGroup)
     @click.pass_context

@@ -9,6 +9,8 @@ import textwrap
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 PATIENCE_S = 60
 
 
@@ -79,6 +81,7 @@ def started(tmp_path):
     return start
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), long(signal.SIGTERM, 143), long(signal.SIGHUP, 129)]

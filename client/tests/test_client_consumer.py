@@ -163,6 +163,7 @@ async def test_a_new_record_of_a_quiet_partition_does_not_wait_behind_the_backlo
     assert sent and behind < 1_000  # a few turns, on a slow machine; in the backlog there are 60,000
 
 
+@pytest.mark.long
 async def test_a_slow_application_reads_all_of_its_partitions(platform, address):
     await fill(platform, address, 20_000, partitions=6)
     seen = set()
@@ -182,6 +183,7 @@ async def test_a_query_service_that_sends_beyond_a_window_is_borne(platform, add
         assert len([record async for record in consumer]) == 5_000
 
 
+@pytest.mark.long
 async def test_more_partitions_than_the_prefetch_has_room_for(platform, address):
     await fill(platform, address, 20_000, partitions=40)
     async with Consumer(address, ["t"], prefetch_bytes_max=10_000, fetch_bytes=500, stop_at_end=True) as consumer:

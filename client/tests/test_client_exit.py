@@ -8,6 +8,8 @@ import pytest
 from shproto.errors import InvalidArgument, InvalidBatch
 from streamhouse.sync import Producer
 
+pytestmark = pytest.mark.long
+
 PATIENCE_S = 120
 
 
@@ -35,6 +37,7 @@ def topic(server):
 NUMBERS = [b"%d" % n for n in range(1000)]
 
 
+@pytest.mark.smoke
 def test_a_script_that_ends_without_close_has_written_everything(topic):
     body = """
         producer = sync.Producer(address)
@@ -103,6 +106,7 @@ def test_so_is_what_was_refused_and_nobody_has_asked_about(topic):
     )
 
 
+@pytest.mark.smoke
 def test_a_limit_of_the_exit_that_is_none_is_named(server):
     for wrong in (-1, None, 1.5, "5"):
         with pytest.raises(InvalidArgument, match="exit_timeout_ms is"):

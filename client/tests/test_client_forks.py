@@ -6,6 +6,8 @@ import textwrap
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 PATIENCE_S = 60
 
 # argv: address, then what parent and child use.
@@ -65,6 +67,7 @@ def test_a_forked_child_is_told_that_it_cannot_use_the_client(topic, parent, chi
     run(topic, f"{parent}()\nassert child_of(lambda: refused({child})) == 7\n{parent}()")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("parent", USES)
 def test_so_is_a_child_of_the_child(topic, parent):
     run(topic, f"{parent}()\nassert child_of(lambda: child_of(lambda: refused(use_async))) == 7")

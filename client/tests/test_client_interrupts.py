@@ -12,6 +12,8 @@ from streamhouse.background import BACKGROUND
 from streamhouse.sync import Producer
 from streamhouse.sync.producer import STAGED_SLOTS_MAX
 
+pytestmark = pytest.mark.long
+
 PATIENCE_S = 60
 
 
@@ -98,6 +100,7 @@ def test_an_interrupted_wait_for_an_outcome_leaves_the_loop_running(producer, go
     assert interrupted_everywhere(lambda: producer.send("t", b"v").result(PATIENCE_S), goes_on) > 200
 
 
+@pytest.mark.smoke
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 def test_an_interrupted_flush_leaves_the_loop_running(producer, goes_on):
     assert interrupted_everywhere(producer.flush, goes_on) > 50

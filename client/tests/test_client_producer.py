@@ -157,18 +157,19 @@ async def test_records_gather_while_small_batches_are_unanswered(platform, addre
     ) + [20 - unanswered]
 
 
+SHORT_FAULTS = [failing(errors.NotLeader("not me")), cut(3)]
+LONG_FAULTS = [
+    failing(errors.NotLeader("not me"), 3),
+    failing(errors.Overloaded("full", retry_after_ms=20), 2),
+    cut(3, request_arrives=False),
+    cut(),
+    failing(errors.DurableTimeout("slow")),
+    failing(errors.ShuttingDown("bye")),
+]
+
+
 @pytest.mark.parametrize(
-    "fault",
-    [
-        failing(errors.NotLeader("not me")),
-        failing(errors.NotLeader("not me"), 3),
-        failing(errors.Overloaded("full", retry_after_ms=20), 2),
-        cut(3),
-        cut(3, request_arrives=False),
-        cut(),
-        failing(errors.DurableTimeout("slow")),
-        failing(errors.ShuttingDown("bye")),
-    ],
+    "fault", [*SHORT_FAULTS, *(pytest.param(fault, marks=pytest.mark.long) for fault in LONG_FAULTS)]
 )
 async def test_faults_neither_lose_nor_double_nor_reorder(platform, address, fault):
     await platform.create_topic("t", 2)

@@ -268,6 +268,7 @@ async def test_plain_code_waits_for_its_first_contact(late):
     assert late.missed.is_set()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["topic list", "produce t --file /dev/null", "consume t"])
 async def test_the_command_line_waits_for_its_first_contact(command, tmp_path):
     platform = LatePlatform(tmp_path)
@@ -306,6 +307,7 @@ async def test_a_consumer_that_is_asked_while_nobody_answers_waits(address, plat
 # ---- a server that is too busy
 
 
+@pytest.mark.long
 async def test_a_crowd_that_is_told_to_come_again_is_served_in_the_end(monkeypatch, tmp_path):
     """Those that have a stream and need a call to go on with it are not kept from it by the others' streams."""
     monkeypatch.setattr(shproto.rpc, "RETRY_AFTER_MS_MIN", 1)

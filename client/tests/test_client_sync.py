@@ -335,6 +335,7 @@ def test_records_on_their_way_to_the_loop_are_bounded_in_bytes(server):
     assert [future.result(0).offset for future in futures] == list(range(count))
 
 
+@pytest.mark.long
 def test_close_fails_all_records_that_wait_for_room_together(server):
     """delivery_timeout_ms counts from `send`: records behind a full buffer do not wait for it one after the other, an
     hour for these."""

@@ -127,6 +127,7 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
+@pytest.mark.long
 async def test_a_database_whose_start_is_cancelled_is_at_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that outlived its start would stop the processes of the next start, or start some beside those."""
     gate = Gate(postgres_module.RunAs.choose)

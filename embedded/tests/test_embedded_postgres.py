@@ -19,6 +19,8 @@ import pytest
 from streamhouse_embedded.postgres import EmbeddedPostgres, PostgresError
 from streamhouse_embedded.postgres_system import KEPT_VARIABLES, RunAs, find_bin_dir, nss_wrapper, stop_orphans
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def base() -> Iterator[Path]:
@@ -101,6 +103,7 @@ async def until_gone(pid: int) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.smoke
 async def test_first_start_restart_and_settings(base: Path) -> None:
     async with running(base / "pg") as (postgres, dsn):
         pid = postgres.pid
@@ -158,6 +161,7 @@ async def test_a_comma_in_the_path_uses_tcp(base: Path) -> None:
         assert await query(dsn, "select 1") == 1
 
 
+@pytest.mark.smoke
 async def test_recovery_after_the_server_was_killed(base: Path, data_dir: Path) -> None:
     postgres = EmbeddedPostgres(base / "pg")
     dsn = await postgres.start()
@@ -391,6 +395,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("way", ["namespace", "nss_wrapper"])
 def test_a_uid_without_a_passwd_entry_may_run_it(base: Path, tmp_path: Path, way: str) -> None:
     if subprocess.run(as_uid_without_a_name("true"), capture_output=True, check=False).returncode:

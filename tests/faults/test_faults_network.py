@@ -14,6 +14,8 @@ from tests.faults.nemeses import NEMESES, network
 from tests.faults.nemesis import NotPossible
 from tests.faults.proxy import BOTH, Direction, FaultProxy
 
+pytestmark = pytest.mark.long
+
 SHORT_S = 0.15
 """Long enough to be sure that nothing comes over loopback."""
 
@@ -144,6 +146,7 @@ async def test_a_black_hole_swallows_what_it_says_and_nothing_else(
     assert seen == {BOTH, (Direction.UP,), (Direction.DOWN,)}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("source", "target"), network.BLACK_HOLES)
 def test_a_black_hole_lies_between_what_its_name_says(source: str, target: str) -> None:
     found = {tuple(network.hole_links(random.Random(seed), source, target)) for seed in range(200)}
@@ -165,6 +168,7 @@ async def test_a_service_cannot_be_told_from_a_client_without_the_shim(fleet: Fl
         assert held(fleet)
 
 
+@pytest.mark.smoke
 async def test_isolate_hits_all_links_from_or_to_one_process(fleet: Fleet) -> None:
     seen: set[str] = set()
     for seed in range(60):

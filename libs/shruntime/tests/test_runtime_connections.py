@@ -78,6 +78,7 @@ async def answers(server: RpcServer) -> None:
         await client.close()
 
 
+@pytest.mark.long
 async def test_g7_connections_beyond_the_limit_of_all_are_closed_and_silent_ones_time_out() -> None:
     async with serving(connections_max=5, handshake_timeout_ms=5_000) as server:
         with silent(server, 20) as opened:

@@ -73,6 +73,7 @@ async def until(measured: Callable[[], object], expected: object) -> None:
     assert measured() == expected
 
 
+@pytest.mark.long
 async def test_thousands_of_calls_at_once_are_all_answered() -> None:
     """gRPC's default ends calls with CANCELLED from 1,000 on that nobody has looked at."""
     api = HeldQuery()

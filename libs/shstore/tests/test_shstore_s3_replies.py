@@ -21,6 +21,8 @@ from shstore.s3 import S3Store
 from libs.shstore.tests.http_server import Wire, server
 from libs.shstore.tests.test_shstore_s3 import uploads_under_way
 
+pytestmark = pytest.mark.long
+
 MIB = 1024 * 1024
 LARGE = bytes(range(256)) * (6 * 4096)  # two parts
 SMALL = b"mine"
@@ -100,6 +102,7 @@ async def test_a_lost_reply_does_not_hide_that_somebody_else_has_the_key(
         assert await store.get("k") == theirs
 
 
+@pytest.mark.smoke
 async def test_one_attempt_is_one_request(s3_settings: StoreOptions) -> None:
     """Whoever repeats a put must know that it is a repetition: its own object is in the way then."""
     async with wired(s3_settings) as (wire, store):
@@ -139,6 +142,7 @@ async def test_a_body_that_breaks_off_is_never_taken_for_the_whole(
         assert not wire.cut
 
 
+@pytest.mark.smoke
 async def test_a_listing_that_breaks_off_is_never_taken_for_the_whole(s3_settings: StoreOptions) -> None:
     async with wired(s3_settings) as (wire, one_try):
         store = RetryingStore(one_try, POLICY)

@@ -14,6 +14,8 @@ from streamhouse_coordinator.adapters import migrate
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.wiring import CoordinatorService
 
+pytestmark = pytest.mark.long
+
 MakeSegment = Callable[..., types_pb2.SegmentRef]
 REGISTERED, WITHDRAWN = pb.REGISTRATION_RESULT_REGISTERED, pb.REGISTRATION_RESULT_WITHDRAWN
 HOUR_MS = 3_600_000
@@ -168,6 +170,7 @@ async def test_rows_of_an_older_version_with_such_keys_stop_no_sweep(
     assert await begin(api, *await pending(api)) == ["BEGUN"]
 
 
+@pytest.mark.smoke
 async def test_an_upload_is_safe_while_its_claim_is_held(
     api: CoordinatorApi, open_agent: Any, make_segment: MakeSegment
 ) -> None:
@@ -201,6 +204,7 @@ async def test_the_rest_of_a_shared_object_is_safe_when_its_first_segments_are_g
     assert await begin(api, "mixed/x") == ["REFERENCED"]
 
 
+@pytest.mark.smoke
 async def test_readers_have_their_time(api: CoordinatorApi) -> None:
     assert await begin(api, "data/x", confirm_ms=HOUR_MS) == ["NOTICED"]
     assert await begin(api, "data/x", confirm_ms=HOUR_MS) == ["NOTICED"]

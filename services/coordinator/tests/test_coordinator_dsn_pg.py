@@ -17,6 +17,8 @@ from streamhouse_coordinator.wiring import build
 from streamhouse_embedded.postgres import EmbeddedPostgres
 from streamhouse_embedded.postgres_system import RunAs, find_bin_dir
 
+pytestmark = pytest.mark.long
+
 Settings = Callable[..., Any]
 
 
@@ -32,6 +34,7 @@ async def waits_saying(caplog: pytest.LogCaptureFixture, text: str) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.smoke
 async def test_what_no_server_could_answer_is_an_error_of_settings() -> None:
     with pytest.raises(SettingsError, match=r"STREAMHOUSE_PG_DSN.*'mysql://me:\*\*\*@host/db'") as caught:
         CoordinatorSettings.load({"STREAMHOUSE_PG_DSN": "mysql://me:secret@host/db"})
@@ -94,6 +97,7 @@ async def test_g6_a_server_without_page_checksums_is_warned_of(
     assert ("PostgreSQL has no page checksums" in caplog.text) != checksums
 
 
+@pytest.mark.smoke
 async def test_a_database_that_is_made_later_is_waited_for(
     by_password: str, fast: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -162,6 +166,7 @@ async def test_it_says_of_each_server_what_is_wrong_with_it(
         await service.stop()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("dsn", "places"),
     [

@@ -282,6 +282,7 @@ async def test_a_member_may_read_no_topic_yet(api: CoordinatorApi) -> None:
     assert len(first.owned) == len(second.owned) == 2
 
 
+@pytest.mark.long
 async def test_a_heartbeat_without_news_waits_and_keeps_the_member_alive(api: CoordinatorApi) -> None:
     one = await Member(api).join(session_timeout_ms=6_000)
     for _ in range(3):  # each one waits half the session timeout, so that the third ends beyond it

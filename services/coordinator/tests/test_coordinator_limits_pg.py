@@ -18,6 +18,8 @@ from streamhouse_coordinator.wiring import CoordinatorService, build
 
 from services.coordinator.tests.running import PATIENCE_S, running
 
+pytestmark = pytest.mark.long
+
 Settings = Callable[..., CoordinatorSettings]
 
 
@@ -215,6 +217,7 @@ async def until(call: Callable[[], Awaitable[Any]]) -> Any:
 # ---- settings that do not fit together
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -172,6 +172,7 @@ async def test_leases_moved_after_an_outage_and_everybody_who_writes_them(
     assert paused.tries == 1 and away_ms >= 6_000_000
 
 
+@pytest.mark.long
 async def test_everything_at_once_ends_without_a_deadlock(
     two_coordinators: tuple[CoordinatorService, CoordinatorService], open_agent: Any, make_segment: Any
 ) -> None:

@@ -16,6 +16,8 @@ from streamhouse_embedded.postgres import EmbeddedPostgres
 from services.coordinator.tests.declared import declare
 from services.coordinator.tests.running import frozen, running, until
 
+pytestmark = pytest.mark.long
+
 Settings = Callable[..., CoordinatorSettings]
 
 CALLS = 40
@@ -238,6 +240,7 @@ async def test_a_storm_is_answered_ok_or_overloaded_and_leases_go_on(
         assert (await service.api.heartbeat(full)).ttl_ms == settings.session_ttl_ms
 
 
+@pytest.mark.smoke
 async def test_more_than_may_wait_are_refused_at_once(dsn: str, fast: Settings, connection: asyncpg.Connection) -> None:
     async with running(fast(dsn, pg_lock_waiting_max=5, **QUIET)) as service:
         async with lock(dsn, "cluster"):

@@ -273,6 +273,7 @@ async def test_producer_ids_are_given_once(two_coordinators: tuple[CoordinatorSe
     assert len(set(ids)) == 10 and min(ids) > 0
 
 
+@pytest.mark.long
 async def test_ranges_stay_disjoint_when_everything_happens_at_once(
     two_coordinators: tuple[CoordinatorService, CoordinatorService], open_agent: Any
 ) -> None:

@@ -15,6 +15,8 @@ from streamhouse_coordinator.wiring import CoordinatorService
 
 from services.coordinator.tests.running import running
 
+pytestmark = pytest.mark.long
+
 ChangeRows = Callable[..., Any]
 
 
@@ -45,6 +47,7 @@ async def checked(service: CoordinatorService) -> pb.CheckProjectionsPart:
     return parts[-1]
 
 
+@pytest.mark.smoke
 async def test_sound_metadata_has_no_difference(service: CoordinatorService, change_rows: ChangeRows) -> None:
     for _ in range(2):  # the second one finds nothing of the first in its way
         result = await checked(service)
@@ -89,6 +92,7 @@ async def test_each_changed_row_is_found(
         assert (found == "") == damage.startswith("DELETE") and (expected == "") == damage.startswith("INSERT")
 
 
+@pytest.mark.smoke
 async def test_an_event_that_is_missing_is_found(service: CoordinatorService, change_rows: ChangeRows) -> None:
     last = (await service.api.get_head(pb.GetHeadRequest())).events_position
     await change_rows("DELETE FROM events WHERE position = $1", last - 1)

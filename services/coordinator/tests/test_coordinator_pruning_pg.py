@@ -26,6 +26,8 @@ from streamhouse_coordinator.wiring import CoordinatorService, restore_backup, t
 
 from services.coordinator.tests.running import PATIENCE_S, running
 
+pytestmark = pytest.mark.long
+
 HOUR_MS = 3_600_000
 ARCHIVES = sorted((Path(__file__).parents[3] / "tests" / "integration" / "data_directories").glob("*.tar.gz"))
 # Everything that can go goes, at once; prune() is called by the tests.
@@ -79,6 +81,7 @@ async def projections(connection: asyncpg.Connection) -> dict[str, list[Any]]:
     return found
 
 
+@pytest.mark.smoke
 async def test_projections_are_rebuilt_from_what_is_left(
     service: CoordinatorService, open_agent: Any, prune: Any, connection: asyncpg.Connection
 ) -> None:

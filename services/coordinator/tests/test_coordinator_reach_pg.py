@@ -14,6 +14,8 @@ from streamhouse_coordinator.wiring import CoordinatorService
 
 from services.coordinator.tests.running import running, until
 
+pytestmark = pytest.mark.long
+
 HOURS_MS = 3_600_000
 
 
@@ -149,6 +151,7 @@ async def test_a_worker_is_not_given_buffers_of_agents_that_it_cannot_reach(
     assert (await api.claim_buffer(request)).found
 
 
+@pytest.mark.smoke
 async def test_agents_do_not_judge_each_other(api: CoordinatorApi, open_agent: Any) -> None:
     a = await open_agent(api, "a")
     reach = [pb.AgentReach(agent_id="a", reached=False)]

@@ -18,6 +18,8 @@ from streamhouse_embedded.postgres import EmbeddedPostgres
 from services.coordinator.tests.declared import declare
 from services.coordinator.tests.running import frozen, running
 
+pytestmark = pytest.mark.long
+
 Settings = Callable[..., Any]
 
 # Until something that must come is given up: no duration is what is tested here, and the machine may be busy.
@@ -98,6 +100,7 @@ async def busy_history(service: CoordinatorService, open_agent: Any) -> None:
     await api.delete_topic(pb.DeleteTopicRequest(topic="gone"))
 
 
+@pytest.mark.smoke
 async def test_rebuilding_gives_the_same_rows(dsn: str, coordinator: CoordinatorService, open_agent: Any) -> None:
     """The projections are what the events say, and nothing else."""
     await busy_history(coordinator, open_agent)
@@ -182,6 +185,7 @@ async def test_a_coordinator_that_starts_while_postgres_is_slow_waits(
         await service.stop()
 
 
+@pytest.mark.smoke
 async def test_postgres_restarts_in_between(
     postgres: EmbeddedPostgres, dsn: str, coordinator: CoordinatorService, open_agent: Any
 ) -> None:

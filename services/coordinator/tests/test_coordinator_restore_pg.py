@@ -23,6 +23,8 @@ from streamhouse_coordinator.wiring import CoordinatorService
 
 from services.coordinator.tests.running import running
 
+pytestmark = pytest.mark.long
+
 Fast = Callable[..., CoordinatorSettings]
 OpenAgent = Callable[..., Awaitable[Any]]
 PROJECTIONS = (t.TOPICS, t.PARTITIONS, t.RANGES, t.SEGMENTS, t.GROUPS)
@@ -88,6 +90,7 @@ async def platform(coordinator: CoordinatorService, open_agent: OpenAgent) -> As
     await store.close()
 
 
+@pytest.mark.smoke
 async def test_a_restored_database_knows_what_was_registered_after_the_backup(
     coordinator: CoordinatorService, open_agent: OpenAgent, dsn: str, fast: Fast
 ) -> None:
@@ -198,6 +201,7 @@ async def test_what_has_no_manifest_is_no_backup_and_old_ones_go(coordinator: Co
     assert await backup.prune(store, 1, kept.created_ms + 2 * backup.HALF_MADE_MS) == listed.half_made
 
 
+@pytest.mark.smoke
 async def test_an_agent_brings_epochs_and_topics_that_only_its_log_knows(
     coordinator: CoordinatorService, open_agent: OpenAgent, dsn: str, fast: Fast
 ) -> None:

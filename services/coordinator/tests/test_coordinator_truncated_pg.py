@@ -11,6 +11,8 @@ from shruntime.server import RpcServer
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.wiring import CoordinatorService
 
+pytestmark = pytest.mark.long
+
 WIDTH = 1024
 
 
@@ -101,6 +103,7 @@ class LiveAgent:
         return None
 
 
+@pytest.mark.smoke
 async def test_g1_a_copy_of_a_live_agents_log_does_not_take_its_place(api: CoordinatorApi, open_agent: Any) -> None:
     """A machine was cloned, and the clone started: its log settled the ranges below what the first had acknowledged."""
     live = LiveAgent()

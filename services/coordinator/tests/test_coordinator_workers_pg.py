@@ -12,6 +12,8 @@ from shproto.v1 import types_pb2
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.wiring import CoordinatorService
 
+pytestmark = pytest.mark.long
+
 HOUR_MS = 3_600_000
 ChangeRows = Callable[..., Awaitable[object]]
 MakeSegment = Callable[..., types_pb2.SegmentRef]
@@ -103,6 +105,7 @@ async def test_a_buffer_that_waits_for_its_next_try_goes_on_waiting(api: Coordin
     assert not await claim(api, "other")
 
 
+@pytest.mark.smoke
 async def test_two_live_workers_do_not_take_each_others_claims(api: CoordinatorApi, open_agent: Any) -> None:
     """The same worker_id twice, by mistake: each would end the other's claims for ever."""
     await announced(api, open_agent)

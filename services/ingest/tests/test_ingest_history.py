@@ -107,6 +107,7 @@ async def test_a_damaged_note_is_no_reason_to_trust_anybody(tmp_path: Path, worl
         await started(tmp_path, world.coordinator)
 
 
+@pytest.mark.long
 def test_of_a_torn_write_the_note_before_is_left(tmp_path: Path) -> None:
     path = tmp_path / "history"
     note = HistoryNote(path)

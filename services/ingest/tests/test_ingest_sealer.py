@@ -68,6 +68,7 @@ async def test_the_producers_of_many_partitions_are_announced_in_messages_that_c
     assert max(request.ByteSize() for request in requests) < MESSAGE_BYTES_MAX
 
 
+@pytest.mark.long
 async def test_many_small_buffers_are_announced_in_numbers_that_are_taken() -> None:
     """Sealed one by one while nothing could be uploaded, and announced anew together when the session was lost."""
     logs = new_logs(1 << 30)

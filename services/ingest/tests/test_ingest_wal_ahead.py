@@ -344,6 +344,7 @@ def test_zeros_at_the_end_of_a_version_2_file_stay_a_torn_write(directory: WalDi
     assert replay(directory).replay.gaps.torn_tail
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_quick")
 def test_g6_a_flipped_bit_of_the_last_group_is_damage_whatever_zeros_follow(directory: WalDirectory) -> None:
     group = [plain(1, os.urandom(50)), plain(2, os.urandom(30) + bytes(20))]

@@ -254,6 +254,7 @@ async def test_bad_later_requests_end_a_subscription(
             await until(responses, lambda response: False)
 
 
+@pytest.mark.long
 async def test_a_slow_subscriber_does_not_make_the_service_read_on(platform: World, start_query: StartQuery) -> None:
     await partitions(platform, 4)
     for number in range(4):

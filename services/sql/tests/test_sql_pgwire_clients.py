@@ -16,7 +16,7 @@ from psycopg.types import TypeInfo
 from services.sql.tests.start_sql import Sql, StartSql
 from tests.platform.read_world import World
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(120)]
 
 UTC = datetime.UTC
 UUID = uuid.UUID("01234567-89ab-cdef-0123-456789abcdef")
@@ -66,6 +66,7 @@ async def asyncpg_of(sql: Sql) -> Any:
 # ---- psycopg
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("binary", [False, True])
 async def test_psycopg_reads_all_types(sql: Sql, binary: bool) -> None:
     async with await psycopg_of(sql) as connection:
@@ -73,6 +74,7 @@ async def test_psycopg_reads_all_types(sql: Sql, binary: bool) -> None:
         assert row == VALUES
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("binary", [False, True])
 async def test_psycopg_sends_all_types(sql: Sql, binary: bool) -> None:
     text = f"SELECT %{'b' if binary else 's'}"
@@ -123,6 +125,7 @@ async def test_psycopg_has_pipelines_streams_and_types(sql: Sql) -> None:
 # ---- asyncpg
 
 
+@pytest.mark.smoke
 async def test_asyncpg_reads_all_types(sql: Sql) -> None:
     connection = await asyncpg_of(sql)
     assert tuple(await connection.fetchrow(ALL_TYPES)) == VALUES
@@ -170,6 +173,7 @@ async def psql(sql: Sql, *commands: str) -> str:
 needs_psql = pytest.mark.skipif(shutil.which("psql") is None, reason="psql is not installed (postgresql-client)")
 
 
+@pytest.mark.smoke
 @needs_psql
 async def test_psql_describes_topics_and_tables(sql: Sql) -> None:
     await sql.run("CREATE TABLE numbers (n INT, s VARCHAR) WITH (topic = 'orders', format = 'json')")
@@ -201,6 +205,7 @@ async def test_psql_shows_where_a_statement_is_wrong(sql: Sql) -> None:
     assert (await psql(sql, "SELECT *\nFROM ordrs")).splitlines()[1:] == ["LINE 2: FROM ordrs", "             ^"]
 
 
+@pytest.mark.smoke
 @needs_psql
 async def test_psql_reads_a_topic(sql: Sql) -> None:
     output = await psql(sql, "SELECT _offset, _value ->> '$.n' AS n FROM orders WHERE _offset >= 8")

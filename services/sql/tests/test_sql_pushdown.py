@@ -159,6 +159,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Duck]:
     found.close()
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(log=logs(), text=QUERIES)
 def test_push_down_changes_no_result(engine: Duck, log: Log, text: str) -> None:
