@@ -509,11 +509,11 @@ def test_the_command_opens_the_shell_on_a_terminal(tmp_path):
         )
         os.close(follower)
         try:
-            shown = until(leader, b"streamhouse>")
-            assert b"\\? for help" in shown
+            terminal = Terminal(leader)
+            assert b"\\? for help" in terminal.until(b"streamhouse>")
             os.write(leader, b"SELECT 1;\r")
-            assert b"NULL" in until(leader, b"scanned (2.0 KiB)")
-            until(leader, b"streamhouse>")
+            assert b"NULL" in terminal.until(b"scanned (2.0 KiB)")
+            terminal.until(b"streamhouse>")
             os.write(leader, b"\\q\r")
             assert process.wait(PATIENCE_S) == 0
         finally:
@@ -523,15 +523,24 @@ def test_the_command_opens_the_shell_on_a_terminal(tmp_path):
     assert "SELECT 1;" in (tmp_path / "streamhouse" / "sql_history").read_text()
 
 
-def until(descriptor, wanted):
-    """Returns what a terminal shows up to `wanted`."""
-    shown = b""
-    with contextlib.suppress(OSError):
-        while wanted not in shown:
-            assert select.select([descriptor], [], [], PATIENCE_S)[0], shown
-            shown += os.read(descriptor, 4096)
-    assert wanted in shown, shown
-    return shown
+class Terminal:
+    """Reads a pseudo-terminal. A read may return more than is waited for: the rest is kept for the next wait."""
+
+    def __init__(self, descriptor):
+        self._descriptor = descriptor
+        self._rest = b""
+
+    def until(self, wanted):
+        """Returns what the terminal shows up to `wanted`, and that."""
+        shown = self._rest
+        with contextlib.suppress(OSError):
+            while wanted not in shown:
+                assert select.select([self._descriptor], [], [], PATIENCE_S)[0], shown
+                shown += os.read(self._descriptor, 4096)
+        assert wanted in shown, shown
+        end = shown.index(wanted) + len(wanted)
+        self._rest = shown[end:]
+        return shown[:end]
 
 
 @pytest.mark.parametrize("arguments", [["--format", "arrow"], ["--output", "x"]])

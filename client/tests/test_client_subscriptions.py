@@ -72,8 +72,7 @@ async def test_a_topic_that_is_created_again_is_read_from_its_start(platform, ad
     async with Consumer(address, pattern="a.", group=group, **told.all, **EVERY) as consumer:
         reading = asyncio.create_task(keep_reading(consumer, seen))
         await until(lambda: len(seen) == 5)
-        await platform.delete_topic("a1")
-        await platform.create_topic("a1")
+        await platform.recreate_topic("a1", partitions=1)
         await fill(address, 3, topic="a1", partitions=1)
         await until(lambda: len(seen) == 8)
         await stop(reading)

@@ -14,6 +14,8 @@ from streamhouse_coordinator.wiring import CoordinatorService
 
 from services.coordinator.tests.running import PATIENCE_S, running
 
+pytestmark = pytest.mark.long
+
 MakeSegment = Callable[..., types_pb2.SegmentRef]
 ChangeRows = Callable[..., Awaitable[object]]
 REGISTERED, FENCED = 1, 3
@@ -46,6 +48,7 @@ async def test_retention_by_size(api: CoordinatorApi, open_agent: Any) -> None:
     assert (done.segments_removed, done.bytes_removed) == (0, 0)
 
 
+@pytest.mark.smoke
 async def test_retention_by_time(api: CoordinatorApi, open_agent: Any) -> None:
     await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1, retention_ms=3_600_000))
     agent = await open_agent(api, "a")
@@ -134,6 +137,7 @@ async def merged(
     return pb.RegisterCompactionRequest(claim_id=claim.claim_id, replaced_segment_ids=ids, segment=ref)
 
 
+@pytest.mark.smoke
 async def test_compaction_replaces_a_run(api: CoordinatorApi, open_agent: Any, make_segment: MakeSegment) -> None:
     """G8: every registered segment exists; what is replaced is not referred to any more."""
     await api.create_topic(pb.CreateTopicRequest(topic="orders", partitions=1))

@@ -12,6 +12,8 @@ from streamhouse_coordinator.adapters import migrate
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.wiring import build
 
+pytestmark = pytest.mark.long
+
 # Add a line for each new migration. Never change one: databases out there have the migration as it is.
 SHA256 = {
     "0001_tables": "8af54d370564940c8413af425116f1052539730684792e5e0403dcedde89b709",
@@ -35,6 +37,7 @@ FIRST_TABLES, SECOND_TABLES = "0001_tables_first", "0001_tables_second"
 FIRST_ORPHANED = "0002_orphaned_ranges_first"
 
 
+@pytest.mark.smoke
 def test_no_migration_is_changed_or_taken_back() -> None:
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in migrate.available().items()}
     assert hashes == SHA256
@@ -89,6 +92,7 @@ async def test_a_database_of_any_time_gets_the_tables_of_a_new_one(
     await fresh.close()
 
 
+@pytest.mark.smoke
 async def test_the_base_of_a_projection_has_its_columns(dsn: str) -> None:
     """A migration that changes one has to change the other."""
     connection = await asyncpg.connect(dsn)

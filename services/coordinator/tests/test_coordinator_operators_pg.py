@@ -11,6 +11,8 @@ from shproto.v1 import coordinator_pb2 as pb
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.wiring import CoordinatorService
 
+pytestmark = pytest.mark.long
+
 REGISTERED, FENCED = pb.REGISTRATION_RESULT_REGISTERED, pb.REGISTRATION_RESULT_FENCED
 
 
@@ -43,6 +45,7 @@ async def orphan(api: CoordinatorApi, agent: Any) -> pb.RangeGrant:
 # ---- groups
 
 
+@pytest.mark.smoke
 async def test_a_group_is_described_with_members_and_positions(api: CoordinatorApi, open_agent: Any) -> None:
     agent = await open_agent(api, "a")
     grants = await agent.leads()
@@ -154,6 +157,7 @@ async def test_a_reset_and_a_join_at_once_never_both_win(two_coordinators: Any) 
 # ---- ranges
 
 
+@pytest.mark.smoke
 async def test_an_operator_declares_an_orphaned_range_lost(
     api: CoordinatorApi, open_agent: Any, all_events: Any
 ) -> None:
