@@ -50,7 +50,7 @@ from streamhouse_sql.core.statement import (
     parse,
     query_of_table,
 )
-from streamhouse_sql.core.tables import TableDefinition
+from streamhouse_sql.core.tables import TableColumn, TableDefinition
 from streamhouse_sql.ports import Engine, Interrupted
 from streamhouse_sql.settings import SqlSettings
 from streamhouse_sql.snapshot import Snapshot, oldest_needed_ms
@@ -642,6 +642,10 @@ def _comment(table: TableDefinition, name: str) -> str:
     column = table.column(name)
     if column is None:
         return ""
+    return ", ".join(filter(None, ("PRIMARY KEY" if name in table.primary_key else "", _origin(table, column))))
+
+
+def _origin(table: TableDefinition, column: TableColumn) -> str:
     if table.watermark is not None and column.name == table.watermark[0]:
         return f"WATERMARK AS {table.watermark[1]}"
     if column.metadata:

@@ -147,6 +147,8 @@ def _bind(
                 columns = tuple(column for column in COLUMN_NAMES if needed is None or column in needed)
             else:
                 topic = found.topic
+                if found.primary_key:  # what is left out could hide which row is the newest
+                    pushdown = Pushdown()
                 if topic not in topics:
                     raise InvalidStatement(f"table {source.name}: there is no topic {topic!r}", name=topic)
                 hidden = [] if renamed else [name for name in COLUMN_NAMES if _names(query.tree, name)]

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from shproto.errors import InvalidStatement
 from sqlglot import exp
 
+from streamhouse_sql.core import csv_rows
 from streamhouse_sql.core.columns import RECORD_COLUMNS
+from streamhouse_sql.core.csv_rows import CsvOptions, csv_options, is_malformed, lines_of, text_of
 from streamhouse_sql.core.dialect import StreamHouse
 
-FORMATS = ("json", "text")
+FORMATS = ("json", "text", "csv")
 # Fate of a record whose value does not parse, or does not fit its columns.
 BAD_ROWS = ("fail", "skip")
+# Options that one format has.
+FORMAT_OPTIONS = dict.fromkeys(csv_rows.OPTIONS, "csv")
 COLUMNS_MAX = 1_000
 # Names of METADATA columns: Kafka's connector for Flink calls the parts of a record so.
 METADATA = {
@@ -48,7 +52,8 @@ class TableColumn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableDefinition:
-    """A declared table. `watermark`: (column, expression), or None."""
+    """A declared table. `watermark`: (column, expression), or None. `primary_key`: columns; each combination of their
+    values has one row, the newest in the order of (partition, offset). Empty: all records are rows."""
 
     name: str
     topic: str
@@ -57,10 +62,21 @@ class TableDefinition:
     columns: tuple[TableColumn, ...]
     watermark: tuple[str, str] | None
     text: str
+    primary_key: tuple[str, ...] = ()
+    csv: CsvOptions | None = None
 
     def column(self, name: str) -> TableColumn | None:
         """Returns the column, or None; case does not matter."""
-        return next((column for column in self.columns if column.name.lower() == name.lower()), None)
+        return _named(self.columns, name)
+
+    @property
+    def fields(self) -> list[TableColumn]:
+        """The columns that are fields of the value."""
+        return [column for column in self.columns if column.is_field]
+
+
+def _named(columns: Sequence[TableColumn], name: str) -> TableColumn | None:
+    return next((column for column in columns if column.name.lower() == name.lower()), None)
 
 
 def define(tree: exp.Create) -> TableDefinition:
@@ -74,11 +90,16 @@ def define(tree: exp.Create) -> TableDefinition:
     options = _options(tree)
     columns: list[TableColumn] = []
     watermark: exp.WatermarkColumnConstraint | None = None
+    key: exp.PrimaryKey | None = None
     for part in schema.expressions:
         if isinstance(part, exp.WatermarkColumnConstraint):
             if watermark is not None:
                 raise InvalidStatement("WATERMARK is given twice", clause="WATERMARK")
             watermark = part
+        elif isinstance(part, exp.PrimaryKey):
+            if key is not None:
+                raise InvalidStatement("PRIMARY KEY is given twice", clause="PRIMARY KEY")
+            key = part
         elif isinstance(part, exp.ColumnDef):
             columns.append(_column(part, columns))
         else:
@@ -93,6 +114,8 @@ def define(tree: exp.Create) -> TableDefinition:
         columns=tuple(columns),
         watermark=None if watermark is None else _watermark(watermark, columns),
         text=tree.sql(StreamHouse),
+        primary_key=() if key is None else _primary_key(key, columns),
+        csv=csv_options(options) if options["format"] == "csv" else None,
     )
 
 
@@ -122,7 +145,12 @@ def _check_name(what: str, name: str) -> None:
 
 def _options(tree: exp.Create) -> dict[str, str]:
     """Returns the options of WITH, with defaults."""
-    allowed: Mapping[str, Sequence[str] | None] = {"topic": None, "format": FORMATS, "bad_rows": BAD_ROWS}
+    allowed: Mapping[str, Sequence[str] | None] = {
+        "topic": None,
+        "format": FORMATS,
+        "bad_rows": BAD_ROWS,
+        **dict.fromkeys(FORMAT_OPTIONS),
+    }
     options = {"format": "json", "bad_rows": "fail"}
     given = tree.args.get("properties")
     for node in given.expressions if given else ():
@@ -138,9 +166,20 @@ def _options(tree: exp.Create) -> dict[str, str]:
         if not isinstance(value, exp.Literal) or not value.is_string:
             raise InvalidStatement(f"option {name} must be a text: {name} = '…'", clause=name)
         text, choices = value.name, allowed[name]
+        if name == "bad_rows" and text.lower() == "dead_letter":
+            raise InvalidStatement(
+                "bad_rows = 'dead_letter' is not supported for bounded queries, which write nothing; "
+                f"it must be one of {', '.join(BAD_ROWS)}",
+                clause="dead_letter",
+            )
         if choices is not None and text.lower() not in choices:
             raise InvalidStatement(f"{name} is {text!r}, must be one of {', '.join(choices)}", clause=name)
         options[name] = text if choices is None else text.lower()
+    for name in options:
+        if FORMAT_OPTIONS.get(name, options["format"]) != options["format"]:
+            raise InvalidStatement(
+                f"format {options['format']} has no option {name}: {FORMAT_OPTIONS[name]} has", clause=name
+            )
     if not options.get("topic"):
         raise InvalidStatement("WITH needs the topic: WITH (topic = '…')", clause="topic")
     return options
@@ -198,8 +237,32 @@ def _check_columns(columns: Sequence[TableColumn], format_: str) -> None:
     if len(columns) > COLUMNS_MAX:
         raise InvalidStatement(f"a table has {len(columns)} columns, at most {COLUMNS_MAX} are allowed")
     fields = [column for column in columns if column.is_field]
+    if format_ == "csv" and not fields:
+        raise InvalidStatement("format csv needs a column for each field of a line", clause="format")
     if format_ == "text" and (len(fields) != 1 or fields[0].type not in ("TEXT", "VARCHAR")):
         raise InvalidStatement("format text needs exactly one column of the value, of type VARCHAR", clause="format")
+
+
+def _primary_key(node: exp.PrimaryKey, columns: Sequence[TableColumn]) -> tuple[str, ...]:
+    if node.args.get("options") != ["NOT ENFORCED"]:
+        raise InvalidStatement(
+            "PRIMARY KEY must be NOT ENFORCED: a topic takes any record, and the table shows the newest of each key",
+            clause="PRIMARY KEY",
+        )
+    found: list[str] = []
+    for part in node.expressions:
+        column = _named(columns, part.name)
+        if column is None:
+            raise InvalidStatement(f"PRIMARY KEY: there is no column {part.name!r}", clause="PRIMARY KEY")
+        if column.computed or column.metadata not in ("", "_key"):
+            raise InvalidStatement(
+                f"PRIMARY KEY: column {column.name} must be a field of the value or METADATA FROM 'key'",
+                clause="PRIMARY KEY",
+            )
+        if column.name in found:
+            raise InvalidStatement(f"PRIMARY KEY: column {column.name} is given twice", clause="PRIMARY KEY")
+        found.append(column.name)
+    return tuple(found)
 
 
 def _watermark(node: exp.WatermarkColumnConstraint, columns: Sequence[TableColumn]) -> tuple[str, str]:
@@ -223,8 +286,9 @@ def _watermark(node: exp.WatermarkColumnConstraint, columns: Sequence[TableColum
 
 # ---- reading
 
-# A name that no declared column has: it has blanks.
+# Names that no declared column has: they have blanks.
 _ROW = '"row of the value"'
+_IS_TOMBSTONE = '"value is null"'
 
 
 def needed_columns(table: TableDefinition, named: Collection[str] | None) -> list[TableColumn]:
@@ -244,62 +308,148 @@ def record_columns_of(table: TableDefinition, columns: Sequence[TableColumn], hi
     """Returns the parts of the record that a scan decodes for these columns. `hidden`: those that a query names
     itself."""
     wanted = {*hidden, *(column.metadata for column in columns if column.metadata)}
-    if _checked_fields(table, columns):
+    if checked_fields(table, columns) or table.format == "csv":  # a value of CSV may be several rows
         wanted |= {"_value", "_partition", "_offset"}  # the last two say where a bad value is
+    if table.primary_key:
+        wanted |= {
+            "_value",
+            "_partition",
+            "_offset",
+            *(_key_column(table, name).metadata for name in table.primary_key),
+        }
+    if "_value" in wanted and _is_cast_here(table):
+        wanted = wanted - {"_value"} | {"_value_bytes"}
     return [column.name for column in RECORD_COLUMNS if column.name in wanted]
 
 
-def _checked_fields(table: TableDefinition, columns: Sequence[TableColumn]) -> list[TableColumn]:
+def checked_fields(table: TableDefinition, columns: Sequence[TableColumn]) -> list[TableColumn]:
     """Returns the fields that are decoded and checked for these columns. A table that leaves bad rows out checks all of
     its fields, so that it has the same rows in every query, whatever columns the query names."""
     if table.bad_rows == "skip":
-        return [column for column in table.columns if column.is_field]
-    return [column for column in columns if column.is_field]
+        return table.fields
+    return [column for column in table.fields if column in columns or column.name in table.primary_key]
 
 
-def select_of(table: TableDefinition, scan: str, columns: Sequence[TableColumn], hidden: Collection[str]) -> str:
+def _key_column(table: TableDefinition, name: str) -> TableColumn:
+    column = table.column(name)
+    assert column is not None, "checked where the table was defined"
+    return column
+
+
+def _is_cast_here(table: TableDefinition) -> bool:
+    """Returns True if the scan hands over the value's bytes: a text that is not UTF-8 would end the scan, and here its
+    row is left out."""
+    return table.bad_rows == "skip" and bool(table.fields or table.primary_key)
+
+
+def select_of(
+    table: TableDefinition,
+    scan: str,
+    columns: Sequence[TableColumn],
+    hidden: Collection[str],
+    *,
+    is_upsert: bool = True,
+) -> str:
     """Returns the SQL of a subquery with these columns of the table, and the hidden parts of the record, over a scan of
     the topic.
 
-    A field that the value does not have is NULL. A value that is no JSON object, or has a field that does not fit its
-    column, is bad: it fails the query with its place, or leaves its row out, as `bad_rows` says. A null value has NULL
-    in all columns.
+    A field that the value does not have is NULL. A value that is not of the table's format, or has a field that does
+    not fit its column, is bad: it fails the query with its place, or leaves its row out, as `bad_rows` says. A null
+    value has NULL in all columns. `is_upsert` False: a table with a primary key has all of its rows, as one without.
     """
-    fields = _checked_fields(table, columns)
+    fields = checked_fields(table, columns)
+    is_upsert = is_upsert and bool(table.primary_key)
+    values = [f'{value_of(table, column)} AS "{column.name}"' for column in fields]
+    names = {column.name for column in fields}
+    for column in table.columns:
+        if column.metadata and (column in columns or (is_upsert and column.name in table.primary_key)):
+            values.append(f'CAST("{column.metadata}" AS {column.type}) AS "{column.name}"')
+            names.add(column.name)
     outer = [f'"{name}"' for name in hidden]
     for column in columns:
-        if column.is_field:
-            source = '"_value"' if table.format == "text" else f'{_ROW}."{column.name}"'
-            outer.append(f'{source} AS "{column.name}"')
-        elif column.metadata:
-            outer.append(f'CAST("{column.metadata}" AS {column.type}) AS "{column.name}"')
-        else:
+        if column.computed:
             expression = f"CAST({column.computed} AS {column.type})" if column.type else column.computed
             outer.append(f'{expression} AS "{column.name}"')
+        else:
+            outer.append(f'"{column.name}"')
     if not outer:
         outer.append("1 AS one")  # count(*)
-    if not fields:
-        return f"SELECT {', '.join(outer)} FROM {scan}"
+    bad = bad_of(table, fields)
+    where = "" if bad == "false" else f" WHERE {_unless(table, bad)}"
+    rows = relation_of(table, scan, fields, is_numbered=is_upsert)
+    if is_upsert:
+        values.append(f'"_value" IS NULL AS {_IS_TOMBSTONE}')
+    if values:
+        rows = f"(SELECT *, {', '.join(values)} FROM {rows}{where})"
+        where = ""
+    if is_upsert:
+        key = ", ".join(f'"{name}"' for name in table.primary_key)
+        order = f'"_partition" DESC, "_offset" DESC{f", {csv_rows.NUMBER} DESC" if table.csv else ""}'
+        newest = f"row_number() OVER (PARTITION BY {key} ORDER BY {order}) = 1"
+        rows, where = f"(SELECT * FROM {rows} QUALIFY {newest})", f" WHERE NOT {_IS_TOMBSTONE}"
+    return f"SELECT {', '.join(outer)} FROM {rows}{where}"
+
+
+def relation_of(table: TableDefinition, scan: str, fields: Sequence[TableColumn], *, is_numbered: bool = False) -> str:
+    """Returns the SQL of a relation of all rows of a scan, bad ones included, in which `value_of` and `bad_of` have
+    their meaning. `is_numbered`: several rows of a record have their places in it."""
+    if _is_cast_here(table):
+        scan = f'(SELECT *, TRY(decode("_value_bytes")) AS "_value" FROM {scan})'
+    if table.csv is not None:
+        places = {column.name: place for place, column in enumerate(table.fields)}
+        texts = [(places[column.name], column.name) for column in fields]
+        return lines_of(table.csv, scan, texts, is_numbered=is_numbered)
+    if table.format == "json" and fields:
+        shape = json.dumps({column.name: column.type for column in fields}).replace("'", "''")
+        row = f'CASE WHEN json_valid("_value") THEN json_transform("_value", \'{shape}\') END AS {_ROW}'
+        return f"(SELECT *, {row} FROM {scan})"
+    return scan
+
+
+def value_of(table: TableDefinition, column: TableColumn) -> str:
+    """Returns the SQL of a field's value in `relation_of`; NULL where the value does not fit its column."""
     if table.format == "text":
-        bad = '"_value" IS NULL' if fields[0].not_null else "false"
-        return f"SELECT {', '.join(outer)} FROM {scan} WHERE {_unless(table, bad)}"
-    shape = json.dumps({column.name: column.type for column in fields}).replace("'", "''")
-    row = f'CASE WHEN json_valid("_value") THEN json_transform("_value", \'{shape}\') END AS {_ROW}'
-    return f"SELECT {', '.join(outer)} FROM (SELECT *, {row} FROM {scan}) WHERE {_is_good(table, fields)}"
+        return '"_value"'
+    if table.csv is not None:
+        return f"TRY_CAST({text_of(column.name)} AS {column.type})"
+    return f'{_ROW}."{column.name}"'
 
 
-def _is_good(table: TableDefinition, fields: Sequence[TableColumn]) -> str:
-    """Returns a condition that is true for rows that are kept. The costly part of it, which looks into the JSON a
-    second time, is only computed for rows that have a NULL."""
+def bad_of(table: TableDefinition, fields: Sequence[TableColumn]) -> str:
+    """Returns a condition over `relation_of`, never NULL: the row is bad, as the format, its columns or the key see it;
+    'false' where none is."""
+    reasons = []
+    if _is_cast_here(table):
+        reasons.append('("_value" IS NULL AND "_value_bytes" IS NOT NULL)')
+    if table.csv is not None:
+        reasons.append(is_malformed(table.csv, len(table.fields)))
+        for column in fields:
+            text, value = text_of(column.name), value_of(table, column)
+            if column.type not in ("TEXT", "VARCHAR"):
+                reasons.append(f"({text} IS NOT NULL AND {value} IS NULL)")
+    elif table.format == "json" and fields:
+        reasons.append(_is_bad_json(fields))
+    for column in fields:
+        if column.not_null and table.format != "json":
+            reasons.append(f"{value_of(table, column)} IS NULL")
+    for name in table.primary_key:
+        column = _key_column(table, name)
+        key = value_of(table, column) if column.is_field else f'"{column.metadata}"'
+        reasons.append(f"{key} IS NULL")
+    return " OR ".join(reasons) or "false"
+
+
+def _is_bad_json(fields: Sequence[TableColumn]) -> str:
+    """Returns a condition that is true for bad values. The costly part of it, which looks into the JSON a second time,
+    is only computed for rows that have a NULL."""
     doubtful = " OR ".join(f'{_ROW}."{column.name}" IS NULL' for column in fields)
     unfit = " OR ".join(f'({_ROW}."{column.name}" IS NULL AND {_has_field(column)})' for column in fields)
     required = [column for column in fields if column.not_null]
     missing = "".join(f' OR {_ROW}."{column.name}" IS NULL' for column in required)
-    bad = (
+    return (
         f'CASE WHEN "_value" IS NULL THEN {"true" if required else "false"} WHEN {_ROW} IS NULL THEN true '
         f"WHEN {doubtful} THEN coalesce(json_type(\"_value\") <> 'OBJECT' OR {unfit}{missing}, true) ELSE false END"
     )
-    return _unless(table, bad)
 
 
 def _unless(table: TableDefinition, bad: str) -> str:
