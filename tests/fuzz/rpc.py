@@ -271,6 +271,8 @@ def _coordinator_seeds() -> list[bytes]:
         [Call("Coordinator/OpenSession", cpb.OpenSessionRequest(agent_id="leader", role="ingest", wal_id=b"\1" * 16)),
          create, Call("Coordinator/GetGrants", cpb.GetGrantsRequest(session_token="$")),
          Call("Coordinator/Heartbeat", cpb.HeartbeatRequest(session_token="$", low_ranges=[use])),
+         Call("Coordinator/RegisterFence",
+              cpb.RegisterFenceRequest(session_token="$", **key, producer_id=7, producer_epoch=1)),
          Call("Coordinator/AnnounceBuffer", cpb.AnnounceBufferRequest(session_token="$", buffer_id=uuid, slices=[own])),
          Call("Coordinator/RegisterSegments", cpb.RegisterSegmentsRequest(buffer_id="$", segments=[own_segment])),
          Call("Coordinator/SettleRanges", cpb.SettleRangesRequest(session_token="$", ends=[end])),

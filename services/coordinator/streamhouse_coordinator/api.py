@@ -30,6 +30,7 @@ from streamhouse_coordinator.recovery import after_restore
 from streamhouse_coordinator.recovery.histories import Head
 from streamhouse_coordinator.service import (
     buffers,
+    fences,
     group_admin,
     groups,
     housekeeping,
@@ -297,6 +298,11 @@ class CoordinatorApi:
             self._context, messages.session_id_of(request.session_token), messages.wal_ends(request.ends)
         )
         return pb.SettleRangesResponse()
+
+    async def register_fence(self, request: pb.RegisterFenceRequest) -> pb.RegisterFenceResponse:
+        asked = messages.asked_fence(request)
+        done = await fences.register_fence(self._context, messages.session_id_of(request.session_token), asked)
+        return messages.registered_fence(done)
 
     async def close_session(self, request: pb.CloseSessionRequest) -> pb.CloseSessionResponse:
         await sessions.end_session(

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from shformat.limits import INT64_MAX
+from shformat.limits import INT64_MAX, UINT32_MAX
 from shproto.convert import segments_from_proto
 from shproto.errors import InvalidArgument
 from shproto.events import Slice
@@ -17,6 +17,7 @@ from shproto.v1 import types_pb2
 
 from streamhouse_coordinator.core import tables as t
 from streamhouse_coordinator.core.deletion import DeletionGrace
+from streamhouse_coordinator.core.fences import AskedFence
 from streamhouse_coordinator.core.groups import split_name
 from streamhouse_coordinator.core.names import (
     check_name,
@@ -30,6 +31,7 @@ from streamhouse_coordinator.core.topics import OPTIONAL_LIMITS, AlterTopic
 from streamhouse_coordinator.ports import ProjectionCheck
 from streamhouse_coordinator.segment_keys import check_segment_key
 from streamhouse_coordinator.service import group_admin
+from streamhouse_coordinator.service.fences import RegisteredFence
 from streamhouse_coordinator.service.groups import Commit
 from streamhouse_coordinator.service.objects import JudgedObject
 from streamhouse_coordinator.service.sessions import Grant
@@ -142,6 +144,10 @@ def object_deletion(item: JudgedObject) -> pb.ObjectDeletion:
     )
 
 
+# The state of one producer has some 100 bytes.
+FENCE_STATE_BYTES_MAX = 1024
+
+
 def check_count(field: str, items: Iterable[object], most: int) -> None:
     check_number(f"number of {field}", sum(1 for _ in items), 0, most)
 
@@ -174,6 +180,39 @@ def wal_ends(items: Iterable[pb.WalEnd], *, unknown: bool = False, torn: bool = 
         if item.producer_snapshot:
             snapshots[key] = item.producer_snapshot
     return WalEnds(ends=ends, snapshots=snapshots, unknown=unknown, torn=torn, firsts=firsts, topics=topics)
+
+
+def asked_fence(request: pb.RegisterFenceRequest) -> AskedFence:
+    check_number("producer_id", request.producer_id, 1, INT64_MAX)
+    check_number("producer_epoch", request.producer_epoch, 1, UINT32_MAX)
+    check_number("epoch", request.epoch, 1, INT64_MAX)
+    check_number("state bytes", len(request.state), 0, FENCE_STATE_BYTES_MAX)
+    return AskedFence(
+        topic_id=hex_id("topic_id", request.topic_id),
+        partition=request.partition,
+        epoch=request.epoch,
+        producer_id=request.producer_id,
+        producer_epoch=request.producer_epoch,
+        known_epoch=request.known_epoch,
+        state=request.state,
+    )
+
+
+def registered_fence(done: RegisteredFence) -> pb.RegisterFenceResponse:
+    waits_for = done.older.waits_for
+    return pb.RegisterFenceResponse(
+        known_epoch=done.row.known_epoch,
+        state=done.row.state,
+        older=[_range_producers(row, state) for row, state in done.older.ends],
+        next_epoch=done.older.next_epoch,
+        waits_for=None if waits_for is None else offset_range(waits_for),
+    )
+
+
+def _range_producers(row: t.RangeRow, state: bytes) -> pb.RangeProducers:
+    # Of a lost range what is registered counts, though it may have been settled higher before.
+    end_offset = row.registered_end if row.status == t.LOST or row.end_offset is None else row.end_offset
+    return pb.RangeProducers(start_offset=row.start_offset, end_offset=end_offset, producer_snapshot=state)
 
 
 def slice_of(item: pb.BufferSlice) -> Slice:
@@ -399,6 +438,10 @@ def range_grant(grant: Grant) -> pb.RangeGrant:
         status="moving" if row.moving else row.status,
         snapshot_omitted=grant.snapshot_omitted,
         at_once=grant.at_once,
+        fences=[
+            pb.ProducerFence(producer_id=fence.producer_id, producer_epoch=fence.producer_epoch)
+            for fence in grant.fences
+        ],
     )
 
 

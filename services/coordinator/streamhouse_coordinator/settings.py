@@ -136,6 +136,13 @@ class CoordinatorSettings(CommonSettings):
     range_width_offsets: int = Field(
         2**30, ge=16, le=2**48, description="offsets reserved per epoch; a takeover skips at most this many of 2^63"
     )
+    producer_fences_per_partition_max: int = Field(
+        1_000,
+        ge=1,
+        le=10_000,
+        description="producers that fence (FenceProducer) in one partition, which are never forgotten: some 130 bytes "
+        "each in each sealed buffer that they wrote to",
+    )
     partitions_per_topic_max: int = Field(10_000, ge=1, le=100_000, description="partitions of one topic")
     topics_max: int = Field(
         10_000, ge=1, le=1_000_000, description="topics in all; the query index holds them in memory"

@@ -1204,6 +1204,29 @@ class OpenSessionResponse(_message.Message):
 Global___OpenSessionResponse: _TypeAlias = OpenSessionResponse  # noqa: Y015
 
 @_typing.final
+class ProducerFence(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRODUCER_ID_FIELD_NUMBER: _builtins.int
+    PRODUCER_EPOCH_FIELD_NUMBER: _builtins.int
+    producer_id: _builtins.int
+    producer_epoch: _builtins.int
+    """older ones are refused"""
+    def __init__(
+        self,
+        *,
+        producer_id: _builtins.int = ...,
+        producer_epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["producer_epoch", b"producer_epoch", "producer_id", b"producer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProducerFence: _TypeAlias = ProducerFence  # noqa: Y015
+
+@_typing.final
 class RangeGrant(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1219,6 +1242,7 @@ class RangeGrant(_message.Message):
     PRODUCER_SNAPSHOT_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     SNAPSHOT_OMITTED_FIELD_NUMBER: _builtins.int
+    FENCES_FIELD_NUMBER: _builtins.int
     AT_ONCE_FIELD_NUMBER: _builtins.int
     topic_id: _builtins.bytes
     topic: _builtins.str
@@ -1247,6 +1271,10 @@ class RangeGrant(_message.Message):
     """With "moving": settle the range where the log ends, without waiting for registration. Segmenters cannot reach this
     agent; what it has goes on being uploaded when they can.
     """
+    @_builtins.property
+    def fences(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProducerFence]:
+        """Producers that have fenced in the partition: batches of theirs need an answered fence in this range."""
+
     def __init__(
         self,
         *,
@@ -1262,11 +1290,12 @@ class RangeGrant(_message.Message):
         producer_snapshot: _builtins.bytes = ...,
         status: _builtins.str = ...,
         snapshot_omitted: _builtins.bool = ...,
+        fences: _abc.Iterable[Global___ProducerFence] | None = ...,
         at_once: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset", "end_offset", b"end_offset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset", "at_once", b"at_once", "end_offset", b"end_offset", "epoch", b"epoch", "limit_offset", b"limit_offset", "min_acks", b"min_acks", "partition", b"partition", "producer_snapshot", b"producer_snapshot", "registered_end", b"registered_end", "snapshot_omitted", b"snapshot_omitted", "start_offset", b"start_offset", "status", b"status", "topic", b"topic", "topic_id", b"topic_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset", "at_once", b"at_once", "end_offset", b"end_offset", "epoch", b"epoch", "fences", b"fences", "limit_offset", b"limit_offset", "min_acks", b"min_acks", "partition", b"partition", "producer_snapshot", b"producer_snapshot", "registered_end", b"registered_end", "snapshot_omitted", b"snapshot_omitted", "start_offset", b"start_offset", "status", b"status", "topic", b"topic", "topic_id", b"topic_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__end_offset: _TypeAlias = _typing.Literal["end_offset"]  # noqa: Y015
     _WhichOneofArgType__end_offset: _TypeAlias = _typing.Literal["_end_offset", b"_end_offset"]  # noqa: Y015
@@ -1499,6 +1528,120 @@ class GetGrantsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetGrantsResponse: _TypeAlias = GetGrantsResponse  # noqa: Y015
+
+@_typing.final
+class RegisterFenceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_TOKEN_FIELD_NUMBER: _builtins.int
+    TOPIC_ID_FIELD_NUMBER: _builtins.int
+    PARTITION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    PRODUCER_ID_FIELD_NUMBER: _builtins.int
+    PRODUCER_EPOCH_FIELD_NUMBER: _builtins.int
+    KNOWN_EPOCH_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    session_token: _builtins.str
+    topic_id: _builtins.bytes
+    partition: _builtins.int
+    epoch: _builtins.int
+    """of the range that the session leads"""
+    producer_id: _builtins.int
+    producer_epoch: _builtins.int
+    """at least 1"""
+    known_epoch: _builtins.int
+    """What the answers so far say of the producer: its state, encoded as in producer snapshots (empty: it wrote nothing), in
+    all ranges with an epoch below known_epoch. 0: nothing new to be kept.
+    """
+    state: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        session_token: _builtins.str = ...,
+        topic_id: _builtins.bytes = ...,
+        partition: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        producer_id: _builtins.int = ...,
+        producer_epoch: _builtins.int = ...,
+        known_epoch: _builtins.int = ...,
+        state: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "known_epoch", b"known_epoch", "partition", b"partition", "producer_epoch", b"producer_epoch", "producer_id", b"producer_id", "session_token", b"session_token", "state", b"state", "topic_id", b"topic_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegisterFenceRequest: _TypeAlias = RegisterFenceRequest  # noqa: Y015
+
+@_typing.final
+class RangeProducers(_message.Message):
+    """Producers' state at the end of a range that is known. What it says of offsets outside of the range is not certain: its
+    leader may have heard of records that were given up since.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_OFFSET_FIELD_NUMBER: _builtins.int
+    END_OFFSET_FIELD_NUMBER: _builtins.int
+    PRODUCER_SNAPSHOT_FIELD_NUMBER: _builtins.int
+    start_offset: _builtins.int
+    end_offset: _builtins.int
+    producer_snapshot: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        start_offset: _builtins.int = ...,
+        end_offset: _builtins.int = ...,
+        producer_snapshot: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_offset", b"end_offset", "producer_snapshot", b"producer_snapshot", "start_offset", b"start_offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RangeProducers: _TypeAlias = RangeProducers  # noqa: Y015
+
+@_typing.final
+class RegisterFenceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KNOWN_EPOCH_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    OLDER_FIELD_NUMBER: _builtins.int
+    NEXT_EPOCH_FIELD_NUMBER: _builtins.int
+    WAITS_FOR_FIELD_NUMBER: _builtins.int
+    known_epoch: _builtins.int
+    """all ranges of lower epochs are covered by `state`, which is kept"""
+    state: _builtins.bytes
+    next_epoch: _builtins.int
+    @_builtins.property
+    def older(self) -> _containers.RepeatedCompositeFieldContainer[Global___RangeProducers]:
+        """The ranges from known_epoch on, older first, up to next_epoch (exclusive). Once next_epoch is the epoch of the request
+        nothing is missing.
+        """
+
+    @_builtins.property
+    def waits_for(self) -> _types_pb2.OffsetRange:
+        """the range next_epoch, if what it holds is not known yet"""
+
+    def __init__(
+        self,
+        *,
+        known_epoch: _builtins.int = ...,
+        state: _builtins.bytes = ...,
+        older: _abc.Iterable[Global___RangeProducers] | None = ...,
+        next_epoch: _builtins.int = ...,
+        waits_for: _types_pb2.OffsetRange | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["waits_for", b"waits_for"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_epoch", b"known_epoch", "next_epoch", b"next_epoch", "older", b"older", "state", b"state", "waits_for", b"waits_for"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegisterFenceResponse: _TypeAlias = RegisterFenceResponse  # noqa: Y015
 
 @_typing.final
 class SettleRangesRequest(_message.Message):

@@ -330,6 +330,19 @@ class ProducerSnapshotRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProducerFenceRow:
+    """The newest epoch of a producer that fences, in a partition. `state`: of the producer in all ranges with an epoch
+    below `known_epoch`, as an agent encoded it."""
+
+    topic_id: str
+    partition: int
+    producer_id: int
+    producer_epoch: int
+    known_epoch: int
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LostSpanRow:
     """A reported hole, kept until registration reaches its base_offset."""
 
@@ -480,6 +493,7 @@ COMPACTION_CLAIMS = Table(name="compaction_claims", row=CompactionClaimRow, key=
 PRODUCER_SNAPSHOTS = Table(
     name="producer_snapshots", row=ProducerSnapshotRow, key=("topic_id", "partition", "epoch", "end_offset")
 )
+PRODUCER_FENCES = Table(name="producer_fences", row=ProducerFenceRow, key=("topic_id", "partition", "producer_id"))
 LOST_SPANS = Table(name="lost_spans", row=LostSpanRow, key=("topic_id", "partition", "epoch", "base_offset"))
 GROUP_MEMBER_STATE = Table(name="group_member_state", row=GroupMemberStateRow, key=("group_name", "member_id"))
 GROUP_OFFSETS = Table(name="group_offsets", row=GroupOffsetRow, key=("group_name", "topic_id", "partition"))
@@ -496,8 +510,8 @@ PRUNED = Table(name="pruned_position", row=PrunedRow, key=("only_row",))
 EVENTS = Table(name="events", row=EventRow, key=("position",))
 
 # Tables with row locks, in the order of locking. Rows of the tables that are missing here are changed only under the
-# lock of another row: that of their range or partition (segments, lost spans, buffers), or of their group. The rules
-# are in service/common.py.
+# lock of another row: that of their range or partition (segments, lost spans, fences, buffers), or of their group. The
+# rules are in service/common.py.
 LOCK_ORDER: tuple[Table[Any], ...] = (
     TOPICS,  # alteration and deletion, shared with commits of offsets
     RANGES,  # registration, and all that ends or extends an epoch
@@ -553,6 +567,7 @@ STATE: tuple[Table[object], ...] = (
     BUFFER_CLAIMS,
     COMPACTION_CLAIMS,
     PRODUCER_SNAPSHOTS,
+    PRODUCER_FENCES,
     LOST_SPANS,
     GROUP_MEMBER_STATE,
     GROUP_OFFSETS,

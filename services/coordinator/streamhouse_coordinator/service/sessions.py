@@ -45,6 +45,7 @@ class Grant:
     range: t.RangeRow
     topic: t.TopicRow
     producer_snapshot: bytes = b""
+    fences: Sequence[t.ProducerFenceRow] = ()
     snapshot_omitted: bool = False
     at_once: bool = False
 
@@ -340,6 +341,7 @@ async def _with_topics(tx: Transaction, ranges: Sequence[t.RangeRow]) -> list[Gr
     stored = await _stored_snapshots(tx, {row.key[:2] for row in going_on})
     # Ranges are read after the snapshots: a registration in between removes outdated snapshots.
     now = await ranges_by_key(tx, {row.key for row in going_on})
+    fences = await _fences(tx, {row.key[:2] for row in going_on})
     newest = {row.key: sessions.newest_for(now.get(row.key, row), stored.get(row.key[:2], ())) for row in going_on}
     wanted = {key: snapshot.key for key, snapshot in newest.items() if snapshot is not None}
     reported = await _fitting_snapshots(
@@ -350,10 +352,23 @@ async def _with_topics(tx: Transaction, ranges: Sequence[t.RangeRow]) -> list[Gr
             range=row,
             topic=topics[row.topic_id],
             producer_snapshot=reported.get(row.key, b""),
+            fences=fences.get(row.key[:2], ()),
             snapshot_omitted=row.key in wanted and row.key not in reported,
         )
         for row in named
     ]
+
+
+async def _fences(
+    tx: Transaction, partitions: Collection[PartitionRowKey]
+) -> dict[PartitionRowKey, list[t.ProducerFenceRow]]:
+    """Returns the fences by partition. All fences of older leaders are there once a range exists: each was kept under
+    the lock with which the leader's range ended."""
+    by_partition: dict[PartitionRowKey, list[t.ProducerFenceRow]] = {}
+    if partitions:
+        for row in await tx.select(t.PRODUCER_FENCES, where_keys(("topic_id", "partition"), sorted(partitions))):
+            by_partition.setdefault((row.topic_id, row.partition), []).append(row)
+    return by_partition
 
 
 async def _topics_of(tx: Transaction, ranges: Collection[t.RangeRow]) -> dict[str, t.TopicRow]:

@@ -64,7 +64,7 @@ async def delete_topic(context: Context, name: str) -> str:
         await tx.select(t.PARTITIONS, of_topic, lock="wait")
         await commit_leadership(tx, context.settings, [TopicDeleted(topic.topic_id, name, await tx.now_ms())])
         # State is no projection, so the event does not remove it.
-        state = (t.PRODUCER_SNAPSHOTS, t.LOST_SPANS, t.COMPACTION_CLAIMS, t.GROUP_OFFSETS)
+        state = (t.PRODUCER_SNAPSHOTS, t.PRODUCER_FENCES, t.LOST_SPANS, t.COMPACTION_CLAIMS, t.GROUP_OFFSETS)
         await tx.apply([Remove(table, {"topic_id": topic.topic_id}) for table in state])
         return topic.topic_id
 
