@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from google.protobuf.message import Message
-from shformat import Records, encode_batch
+from shformat import ProducerStamp, Records, encode_batch
 from shproto.errors import StreamHouseError
 from shproto.limits import MESSAGE_BYTES_MAX
 from shproto.v1 import coordinator_pb2 as cpb
@@ -210,6 +210,9 @@ def _ingest_seeds() -> list[bytes]:
     records = tpb.RecordList(records=[tpb.Record(key=b"k", value=b"v", headers=[tpb.Header(key="h", value=b"1")])])
     produce = ipb.ProduceRequest(topic=TOPIC, batch=batch)
     plain = ipb.ProduceRequest(topic=TOPIC, partition=1, acks=tpb.ACKS_NONE, records=records)
+    fence = ipb.FenceProducerRequest(topic=TOPIC, producer_id=7, producer_epoch=1)
+    stamped = encode_batch(Records.from_lists([b"one"], timestamps_ms=5), producer=ProducerStamp(7, 1, 0))
+    sequenced = ipb.ProduceRequest(topic=TOPIC, sequenced_batch=stamped)
     tail = ipb.ReadTailRequest(topic_id=b"$", offset=REMEMBERED, max_bytes=1000, max_wait_ms=5)
     pull = ipb.PullSliceRequest(topic_id=b"$", epoch=REMEMBERED, base_offset=REMEMBERED, end_offset=REMEMBERED)
     topics = Call("Coordinator/ListTopics", cpb.ListTopicsRequest())
@@ -218,6 +221,7 @@ def _ingest_seeds() -> list[bytes]:
         encode_calls([Call("Ingest/ProduceStream", produce), Call("Ingest/ProduceStream", plain)]),
         encode_calls([topics, Call("Ingest/Produce", produce), Call("Ingest/ReadTail", tail)]),
         encode_calls([topics, Call("Ingest/Produce", produce), Call("Ingest/PullSlice", pull)]),
+        encode_calls([topics, Call("Ingest/FenceProducer", fence), Call("Ingest/Produce", sequenced)]),
         encode_calls([Call("Ingest/DescribeAgent", ipb.DescribeAgentRequest())]),
     ]
 

@@ -46,6 +46,7 @@ PURE = (
     "streamhouse_coordinator.recovery.unrecovered_ranges",
     "streamhouse_ingest.leadership.pending_grants",
     "streamhouse_ingest.log.buffer",
+    "streamhouse_ingest.log.fences",
     "streamhouse_ingest.log.lease",
     "streamhouse_ingest.log.partition_log",
     "streamhouse_ingest.log.producers",

@@ -208,9 +208,16 @@ class SequenceGap(StreamHouseError):
 
 
 class ProducerFenced(StreamHouseError):
-    """A newer producer epoch has written. details: producer_id, offered, held."""
+    """A newer producer epoch has written, or fenced this one. details: producer_id, offered, held."""
 
     reason, status = "PRODUCER_FENCED", Code.FAILED_PRECONDITION
+
+
+class ProducerNotFenced(StreamHouseError):
+    """The leader of the partition has answered no fence of this producer epoch since it leads. Call FenceProducer, and
+    go on behind the last sequence of its answer. Nothing was written. details: producer_id, producer_epoch."""
+
+    reason, status = "PRODUCER_NOT_FENCED", Code.FAILED_PRECONDITION
 
 
 class UnknownProducer(StreamHouseError):

@@ -78,6 +78,9 @@ class IngestApi:
             # Also after an error of the stream: requests that were accepted are still answered.
             in_flight.close()
 
+    async def fence_producer(self, request: pb.FenceProducerRequest) -> pb.FenceProducerResponse:
+        return await self._agent.running().fencing.fence(request)
+
     async def read_tail(self, request: pb.ReadTailRequest) -> pb.ReadTailResponse:
         return await self._agent.running().tail.read_tail(request)
 

@@ -9,6 +9,7 @@ from shruntime.memory import MIB
 from shruntime.tasks import Backoff, Tasks
 
 from streamhouse_ingest.leadership.context import Identity, LeadershipContext
+from streamhouse_ingest.leadership.fencing import FenceService
 from streamhouse_ingest.leadership.grants import Grants
 from streamhouse_ingest.leadership.ranges import Ranges
 from streamhouse_ingest.leadership.session import Session
@@ -21,6 +22,7 @@ from streamhouse_ingest.log.trimmer import Trimmer
 from streamhouse_ingest.log.wal_space import WalSpace
 from streamhouse_ingest.metrics import IngestMetrics
 from streamhouse_ingest.ports import LogFiles, OpenedLog
+from streamhouse_ingest.produce.request_rules import RequestRules
 from streamhouse_ingest.produce.service import ProduceService
 from streamhouse_ingest.produce.topics import TopicLookup
 from streamhouse_ingest.produce.writer import Writer, WriterLimits
@@ -66,6 +68,7 @@ class AgentParts:
     transfers: LeadershipTransfers
     trimmer: Trimmer
     produce: ProduceService
+    fencing: FenceService
     tail: TailReader
 
 
@@ -98,7 +101,9 @@ def assemble(context: AgentContext, opened: OpenedLog, logs: Logs, address: str)
     logs.subscribe(session.heartbeats.appended)
     grants = session.grants
     topics = TopicLookup(logs, context.coordinator, context.clock, settings.agent_id, grants.refresh)
-    produce = ProduceService(logs, writer, topics, context.clock, settings, context.metrics)
+    rules = RequestRules(logs, context.clock, settings)
+    produce = ProduceService(logs, writer, topics, context.clock, settings, context.metrics, rules)
+    fencing = FenceService(leadership, logs, writer, sealer, topics, rules)
     corrupt_batches = CorruptBatches(logs, opened.reader, sealer, context.metrics, grants.request_all)
     tail = _tail(context, opened, logs, corrupt_batches)
     return AgentParts(
@@ -113,6 +118,7 @@ def assemble(context: AgentContext, opened: OpenedLog, logs: Logs, address: str)
         transfers=transfers,
         trimmer=trimmer,
         produce=produce,
+        fencing=fencing,
         tail=tail,
     )
 

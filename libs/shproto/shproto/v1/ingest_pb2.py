@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from shproto.v1 import types_pb2 as streamhouse_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstreamhouse/v1/ingest.proto\x12\x0estreamhouse.v1\x1a\x1astreamhouse/v1/types.proto\"\xde\x01\n\x0eProduceRequest\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\"\n\x04\x61\x63ks\x18\x03 \x01(\x0e\x32\x14.streamhouse.v1.Acks\x12\x0f\n\x05\x62\x61tch\x18\x04 \x01(\x0cH\x00\x12-\n\x07records\x18\x05 \x01(\x0b\x32\x1a.streamhouse.v1.RecordListH\x00\x12\x12\n\ntimeout_ms\x18\x06 \x01(\r\x12\x10\n\x08topic_id\x18\x08 \x01(\x0c\x12\x15\n\rtrace_context\x18\x07 \x01(\tB\t\n\x07payload\"\xac\x01\n\x0fProduceResponse\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x13\n\x0b\x62\x61se_offset\x18\x04 \x01(\x03\x12\x14\n\x0crecord_count\x18\x05 \x01(\r\x12\x11\n\tduplicate\x18\x06 \x01(\x08\x12*\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x1b.streamhouse.v1.ErrorDetail\"n\n\x0fReadTailRequest\x12\x10\n\x08topic_id\x18\x01 \x01(\x0c\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x11\n\tmax_bytes\x18\x04 \x01(\r\x12\x13\n\x0bmax_wait_ms\x18\x05 \x01(\r\"\x80\x01\n\x10ReadTailResponse\x12\x0f\n\x07\x62\x61tches\x18\x01 \x03(\x0c\x12\x16\n\x0ehigh_watermark\x18\x02 \x01(\x03\x12\x19\n\x11tail_start_offset\x18\x03 \x01(\x03\x12\x10\n\x08not_held\x18\x04 \x01(\x08\x12\x16\n\x0etrace_contexts\x18\x05 \x03(\t\"\x82\x01\n\x10PullSliceRequest\x12\x11\n\tbuffer_id\x18\x01 \x01(\t\x12\x10\n\x08topic_id\x18\x02 \x01(\x0c\x12\x11\n\tpartition\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x13\n\x0b\x62\x61se_offset\x18\x05 \x01(\x03\x12\x12\n\nend_offset\x18\x06 \x01(\x03\"$\n\x11PullSliceResponse\x12\x0f\n\x07\x62\x61tches\x18\x01 \x03(\x0c\"\x16\n\x14\x44\x65scribeAgentRequest\"\x8b\x02\n\x15\x44\x65scribeAgentResponse\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x0e\n\x06wal_id\x18\x02 \x01(\x0c\x12\x11\n\twal_bytes\x18\x03 \x01(\x03\x12\x15\n\rwal_bytes_max\x18\x04 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\x12\x18\n\x10memory_bytes_max\x18\x06 \x01(\x03\x12\x14\n\x0csealed_bytes\x18\x07 \x01(\x03\x12\x1a\n\x12unregistered_bytes\x18\x08 \x01(\x03\x12\x30\n\npartitions\x18\t \x03(\x0b\x32\x1c.streamhouse.v1.LedPartition\x12\x12\n\nsession_id\x18\n \x01(\t\"\x9d\x01\n\x0cLedPartition\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x14\n\x0cstart_offset\x18\x04 \x01(\x03\x12\x16\n\x0eregistered_end\x18\x05 \x01(\x03\x12\x16\n\x0ehigh_watermark\x18\x06 \x01(\x03\x12\x16\n\x0e\x62uffered_bytes\x18\x07 \x01(\x03\x32\xab\x03\n\x06Ingest\x12J\n\x07Produce\x12\x1e.streamhouse.v1.ProduceRequest\x1a\x1f.streamhouse.v1.ProduceResponse\x12T\n\rProduceStream\x12\x1e.streamhouse.v1.ProduceRequest\x1a\x1f.streamhouse.v1.ProduceResponse(\x01\x30\x01\x12M\n\x08ReadTail\x12\x1f.streamhouse.v1.ReadTailRequest\x1a .streamhouse.v1.ReadTailResponse\x12R\n\tPullSlice\x12 .streamhouse.v1.PullSliceRequest\x1a!.streamhouse.v1.PullSliceResponse0\x01\x12\\\n\rDescribeAgent\x12$.streamhouse.v1.DescribeAgentRequest\x1a%.streamhouse.v1.DescribeAgentResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstreamhouse/v1/ingest.proto\x12\x0estreamhouse.v1\x1a\x1astreamhouse/v1/types.proto\"\xf9\x01\n\x0eProduceRequest\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\"\n\x04\x61\x63ks\x18\x03 \x01(\x0e\x32\x14.streamhouse.v1.Acks\x12\x0f\n\x05\x62\x61tch\x18\x04 \x01(\x0cH\x00\x12-\n\x07records\x18\x05 \x01(\x0b\x32\x1a.streamhouse.v1.RecordListH\x00\x12\x19\n\x0fsequenced_batch\x18\t \x01(\x0cH\x00\x12\x12\n\ntimeout_ms\x18\x06 \x01(\r\x12\x10\n\x08topic_id\x18\x08 \x01(\x0c\x12\x15\n\rtrace_context\x18\x07 \x01(\tB\t\n\x07payload\"\xac\x01\n\x0fProduceResponse\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x13\n\x0b\x62\x61se_offset\x18\x04 \x01(\x03\x12\x14\n\x0crecord_count\x18\x05 \x01(\r\x12\x11\n\tduplicate\x18\x06 \x01(\x08\x12*\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x1b.streamhouse.v1.ErrorDetail\"\xb0\x01\n\x14\x46\x65nceProducerRequest\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\x10\n\x08topic_id\x18\x03 \x01(\x0c\x12\x13\n\x0bproducer_id\x18\x04 \x01(\x03\x12\x16\n\x0eproducer_epoch\x18\x05 \x01(\r\x12\x13\n\x0bmax_wait_ms\x18\x06 \x01(\r\x12\"\n\x04\x61\x63ks\x18\x07 \x01(\x0e\x32\x14.streamhouse.v1.Acks\"\x96\x01\n\x15\x46\x65nceProducerResponse\x12\x15\n\rlast_sequence\x18\x01 \x01(\x03\x12\x19\n\x11last_record_count\x18\x02 \x01(\r\x12\x13\n\x0blast_offset\x18\x03 \x01(\x03\x12\x0f\n\x07settled\x18\x04 \x01(\x08\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x16\n\x0ewaiting_reason\x18\x06 \x01(\t\"n\n\x0fReadTailRequest\x12\x10\n\x08topic_id\x18\x01 \x01(\x0c\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x11\n\tmax_bytes\x18\x04 \x01(\r\x12\x13\n\x0bmax_wait_ms\x18\x05 \x01(\r\"\x80\x01\n\x10ReadTailResponse\x12\x0f\n\x07\x62\x61tches\x18\x01 \x03(\x0c\x12\x16\n\x0ehigh_watermark\x18\x02 \x01(\x03\x12\x19\n\x11tail_start_offset\x18\x03 \x01(\x03\x12\x10\n\x08not_held\x18\x04 \x01(\x08\x12\x16\n\x0etrace_contexts\x18\x05 \x03(\t\"\x82\x01\n\x10PullSliceRequest\x12\x11\n\tbuffer_id\x18\x01 \x01(\t\x12\x10\n\x08topic_id\x18\x02 \x01(\x0c\x12\x11\n\tpartition\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x13\n\x0b\x62\x61se_offset\x18\x05 \x01(\x03\x12\x12\n\nend_offset\x18\x06 \x01(\x03\"$\n\x11PullSliceResponse\x12\x0f\n\x07\x62\x61tches\x18\x01 \x03(\x0c\"\x16\n\x14\x44\x65scribeAgentRequest\"\x8b\x02\n\x15\x44\x65scribeAgentResponse\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x0e\n\x06wal_id\x18\x02 \x01(\x0c\x12\x11\n\twal_bytes\x18\x03 \x01(\x03\x12\x15\n\rwal_bytes_max\x18\x04 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\x12\x18\n\x10memory_bytes_max\x18\x06 \x01(\x03\x12\x14\n\x0csealed_bytes\x18\x07 \x01(\x03\x12\x1a\n\x12unregistered_bytes\x18\x08 \x01(\x03\x12\x30\n\npartitions\x18\t \x03(\x0b\x32\x1c.streamhouse.v1.LedPartition\x12\x12\n\nsession_id\x18\n \x01(\t\"\x9d\x01\n\x0cLedPartition\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x14\n\x0cstart_offset\x18\x04 \x01(\x03\x12\x16\n\x0eregistered_end\x18\x05 \x01(\x03\x12\x16\n\x0ehigh_watermark\x18\x06 \x01(\x03\x12\x16\n\x0e\x62uffered_bytes\x18\x07 \x01(\x03\x32\x89\x04\n\x06Ingest\x12J\n\x07Produce\x12\x1e.streamhouse.v1.ProduceRequest\x1a\x1f.streamhouse.v1.ProduceResponse\x12T\n\rProduceStream\x12\x1e.streamhouse.v1.ProduceRequest\x1a\x1f.streamhouse.v1.ProduceResponse(\x01\x30\x01\x12\\\n\rFenceProducer\x12$.streamhouse.v1.FenceProducerRequest\x1a%.streamhouse.v1.FenceProducerResponse\x12M\n\x08ReadTail\x12\x1f.streamhouse.v1.ReadTailRequest\x1a .streamhouse.v1.ReadTailResponse\x12R\n\tPullSlice\x12 .streamhouse.v1.PullSliceRequest\x1a!.streamhouse.v1.PullSliceResponse0\x01\x12\\\n\rDescribeAgent\x12$.streamhouse.v1.DescribeAgentRequest\x1a%.streamhouse.v1.DescribeAgentResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,23 +33,27 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'streamhouse.v1.ingest_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PRODUCEREQUEST']._serialized_start=76
-  _globals['_PRODUCEREQUEST']._serialized_end=298
-  _globals['_PRODUCERESPONSE']._serialized_start=301
-  _globals['_PRODUCERESPONSE']._serialized_end=473
-  _globals['_READTAILREQUEST']._serialized_start=475
-  _globals['_READTAILREQUEST']._serialized_end=585
-  _globals['_READTAILRESPONSE']._serialized_start=588
-  _globals['_READTAILRESPONSE']._serialized_end=716
-  _globals['_PULLSLICEREQUEST']._serialized_start=719
-  _globals['_PULLSLICEREQUEST']._serialized_end=849
-  _globals['_PULLSLICERESPONSE']._serialized_start=851
-  _globals['_PULLSLICERESPONSE']._serialized_end=887
-  _globals['_DESCRIBEAGENTREQUEST']._serialized_start=889
-  _globals['_DESCRIBEAGENTREQUEST']._serialized_end=911
-  _globals['_DESCRIBEAGENTRESPONSE']._serialized_start=914
-  _globals['_DESCRIBEAGENTRESPONSE']._serialized_end=1181
-  _globals['_LEDPARTITION']._serialized_start=1184
-  _globals['_LEDPARTITION']._serialized_end=1341
-  _globals['_INGEST']._serialized_start=1344
-  _globals['_INGEST']._serialized_end=1771
+  _globals['_PRODUCEREQUEST']._serialized_end=325
+  _globals['_PRODUCERESPONSE']._serialized_start=328
+  _globals['_PRODUCERESPONSE']._serialized_end=500
+  _globals['_FENCEPRODUCERREQUEST']._serialized_start=503
+  _globals['_FENCEPRODUCERREQUEST']._serialized_end=679
+  _globals['_FENCEPRODUCERRESPONSE']._serialized_start=682
+  _globals['_FENCEPRODUCERRESPONSE']._serialized_end=832
+  _globals['_READTAILREQUEST']._serialized_start=834
+  _globals['_READTAILREQUEST']._serialized_end=944
+  _globals['_READTAILRESPONSE']._serialized_start=947
+  _globals['_READTAILRESPONSE']._serialized_end=1075
+  _globals['_PULLSLICEREQUEST']._serialized_start=1078
+  _globals['_PULLSLICEREQUEST']._serialized_end=1208
+  _globals['_PULLSLICERESPONSE']._serialized_start=1210
+  _globals['_PULLSLICERESPONSE']._serialized_end=1246
+  _globals['_DESCRIBEAGENTREQUEST']._serialized_start=1248
+  _globals['_DESCRIBEAGENTREQUEST']._serialized_end=1270
+  _globals['_DESCRIBEAGENTRESPONSE']._serialized_start=1273
+  _globals['_DESCRIBEAGENTRESPONSE']._serialized_end=1540
+  _globals['_LEDPARTITION']._serialized_start=1543
+  _globals['_LEDPARTITION']._serialized_end=1700
+  _globals['_INGEST']._serialized_start=1703
+  _globals['_INGEST']._serialized_end=2224
 # @@protoc_insertion_point(module_scope)

@@ -28,6 +28,7 @@ class ProduceRequest(_message.Message):
     ACKS_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
     RECORDS_FIELD_NUMBER: _builtins.int
+    SEQUENCED_BATCH_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     TOPIC_ID_FIELD_NUMBER: _builtins.int
     TRACE_CONTEXT_FIELD_NUMBER: _builtins.int
@@ -36,6 +37,10 @@ class ProduceRequest(_message.Message):
     acks: _types_pb2.Acks.ValueType
     batch: _builtins.bytes
     """one encoded record batch, docs/formats/record-batch.md"""
+    sequenced_batch: _builtins.bytes
+    """One encoded batch of a producer that has fenced: taken only if it continues what the fence answered, in the epoch of
+    the fence. PRODUCER_NOT_FENCED where the leader has answered no fence since it leads: fence again, then go on.
+    """
     timeout_ms: _builtins.int
     """how long to wait for the ack level; 0: the server's default"""
     topic_id: _builtins.bytes
@@ -54,15 +59,16 @@ class ProduceRequest(_message.Message):
         acks: _types_pb2.Acks.ValueType = ...,
         batch: _builtins.bytes = ...,
         records: _types_pb2.RecordList | None = ...,
+        sequenced_batch: _builtins.bytes = ...,
         timeout_ms: _builtins.int = ...,
         topic_id: _builtins.bytes = ...,
         trace_context: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "payload", b"payload", "records", b"records"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "payload", b"payload", "records", b"records", "sequenced_batch", b"sequenced_batch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acks", b"acks", "batch", b"batch", "partition", b"partition", "payload", b"payload", "records", b"records", "timeout_ms", b"timeout_ms", "topic", b"topic", "topic_id", b"topic_id", "trace_context", b"trace_context"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acks", b"acks", "batch", b"batch", "partition", b"partition", "payload", b"payload", "records", b"records", "sequenced_batch", b"sequenced_batch", "timeout_ms", b"timeout_ms", "topic", b"topic", "topic_id", b"topic_id", "trace_context", b"trace_context"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["batch", "records"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["batch", "records", "sequenced_batch"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
@@ -109,6 +115,89 @@ class ProduceResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ProduceResponse: _TypeAlias = ProduceResponse  # noqa: Y015
+
+@_typing.final
+class FenceProducerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOPIC_FIELD_NUMBER: _builtins.int
+    PARTITION_FIELD_NUMBER: _builtins.int
+    TOPIC_ID_FIELD_NUMBER: _builtins.int
+    PRODUCER_ID_FIELD_NUMBER: _builtins.int
+    PRODUCER_EPOCH_FIELD_NUMBER: _builtins.int
+    MAX_WAIT_MS_FIELD_NUMBER: _builtins.int
+    ACKS_FIELD_NUMBER: _builtins.int
+    topic: _builtins.str
+    partition: _builtins.int
+    topic_id: _builtins.bytes
+    """as in ProduceRequest"""
+    producer_id: _builtins.int
+    producer_epoch: _builtins.int
+    """at least 1: epoch 0 is that of producers that do not fence"""
+    max_wait_ms: _builtins.int
+    """What an older leader's log holds may not be known yet: how long to wait for it. Then UNAVAILABLE, with the range and its
+    agent; with 0 an answer that is not settled.
+    """
+    acks: _types_pb2.Acks.ValueType
+    """how far the last batch of the answer must have come; unspecified: the topic's minimum"""
+    def __init__(
+        self,
+        *,
+        topic: _builtins.str = ...,
+        partition: _builtins.int = ...,
+        topic_id: _builtins.bytes = ...,
+        producer_id: _builtins.int = ...,
+        producer_epoch: _builtins.int = ...,
+        max_wait_ms: _builtins.int = ...,
+        acks: _types_pb2.Acks.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acks", b"acks", "max_wait_ms", b"max_wait_ms", "partition", b"partition", "producer_epoch", b"producer_epoch", "producer_id", b"producer_id", "topic", b"topic", "topic_id", b"topic_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FenceProducerRequest: _TypeAlias = FenceProducerRequest  # noqa: Y015
+
+@_typing.final
+class FenceProducerResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    LAST_RECORD_COUNT_FIELD_NUMBER: _builtins.int
+    LAST_OFFSET_FIELD_NUMBER: _builtins.int
+    SETTLED_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    WAITING_REASON_FIELD_NUMBER: _builtins.int
+    last_sequence: _builtins.int
+    """of the last record that the producer wrote to the partition; -1: none"""
+    last_record_count: _builtins.int
+    """of the batch of that record, or of a part of it; 0: none"""
+    last_offset: _builtins.int
+    """of that record; -1: none"""
+    settled: _builtins.bool
+    """false: what an older leader's log holds is not known, and neither are the numbers above"""
+    epoch: _builtins.int
+    """of the partition's leader"""
+    waiting_reason: _builtins.str
+    """of an answer that is not settled: which range is waited for, of which agent"""
+    def __init__(
+        self,
+        *,
+        last_sequence: _builtins.int = ...,
+        last_record_count: _builtins.int = ...,
+        last_offset: _builtins.int = ...,
+        settled: _builtins.bool = ...,
+        epoch: _builtins.int = ...,
+        waiting_reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "last_offset", b"last_offset", "last_record_count", b"last_record_count", "last_sequence", b"last_sequence", "settled", b"settled", "waiting_reason", b"waiting_reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FenceProducerResponse: _TypeAlias = FenceProducerResponse  # noqa: Y015
 
 @_typing.final
 class ReadTailRequest(_message.Message):

@@ -146,10 +146,15 @@ class Ranges:
     def _merge_producers(self, held: HeldLog, grant: pb.RangeGrant) -> None:
         """Merges the coordinator's state of the partition's producers; only before the first append of the epoch, since
         the state is older than appends."""
+        if not held.log.leading:
+            for fence in grant.fences:
+                held.log.raise_fence(fence.producer_id, fence.producer_epoch)
         if held.log.leading or grant.snapshot_omitted:
             return
         try:
-            held.log.producers.merge(decode_snapshot(grant.producer_snapshot))
+            states = decode_snapshot(grant.producer_snapshot)
+            held.log.producers.merge(states)
+            held.log.note_reported(states)
         except SnapshotError as error:
             # Without the state, retries that are under way now are written twice; a refusal would cost all writes.
             log.error("%s: %s", held.log.describe(), error)

@@ -250,7 +250,9 @@ def wal_ends(helds: Iterable[HeldLog]) -> list[pb.WalEnd]:
         snapshot = held.log.tail_snapshot()
         if len(snapshot) > room_bytes:
             log.warning("%s: too many producers to name; a retry may be written twice elsewhere", held.log.describe())
-            snapshot = b""
+            # Those that fence are few, and need it most: the next leader answers their fences from it.
+            snapshot = held.log.tail_snapshot(fencing_only=True)
+            snapshot = b"" if len(snapshot) > room_bytes else snapshot
         room_bytes -= len(snapshot)
         ends.append(_wal_end(held.log, snapshot))
     return ends

@@ -11,6 +11,8 @@ from collections.abc import Collection, Sequence
 from itertools import accumulate, islice, repeat
 from typing import NamedTuple
 
+from streamhouse_ingest.log.producers import ProducerState
+
 # Cost of a batch in the columns below: four 8-byte numbers and a pointer, rounded up for the spare room that arrays and
 # lists keep.
 BATCH_OVERHEAD_BYTES = 48
@@ -27,7 +29,8 @@ class WalPosition(NamedTuple):
 class Buffer:
     """Batches from base_offset to end_offset. Grows until it is sealed.
 
-    `snapshot`: encoded state of the idempotent producers at end_offset, held from sealing to registration."""
+    `snapshot`: encoded state of the idempotent producers at end_offset, held from sealing to registration.
+    `last_batches`: of a buffer that a replay found, the last batch of each producer that fences."""
 
     __slots__ = (
         "_ats",
@@ -38,6 +41,7 @@ class Buffer:
         "base_offset",
         "end_offset",
         "first_append_ms",
+        "last_batches",
         "memory_bytes",
         "size_bytes",
         "snapshot",
@@ -50,6 +54,7 @@ class Buffer:
         self.size_bytes = 0
         self.memory_bytes = 0  # size of the batches whose bytes are in memory
         self.snapshot: bytes | None = None
+        self.last_batches: dict[int, ProducerState] = {}
         self._ends = array("q")
         self._files = array("q")
         self._ats = array("q")
@@ -146,6 +151,9 @@ class Buffer:
         at = bisect_right(self._ends, offset)
         head, rest = self._part(0, at), self._part(at, len(self))
         rest.snapshot = self.snapshot
+        for producer_id, state in self.last_batches.items():
+            part = head if state.batches[-1].base_offset < offset else rest
+            part.last_batches[producer_id] = state
         return head, rest
 
     def cut_out(self, damaged: Collection[WalPosition]) -> list["Buffer"]:

@@ -1,13 +1,13 @@
 """The log of a single epoch of a partition, as far as this agent holds it.
 
-Owns: the next offset, the permission to append, the buffers (open, sealed, registered). Does not own: disk, network,
-time, memory accounting (logs.py).
+Owns: the next offset, the permission to append, the buffers (open, sealed, registered), the fences of producers in
+this range. Does not own: disk, network, time, memory accounting (logs.py).
 Invariants: appends are decided on a draft (draft.py) and change the log only in apply(), after the write-ahead log has
 them. Buffers ascend and never overlap. next_offset only goes back when the range is settled below it.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import NamedTuple
@@ -16,7 +16,8 @@ from shformat import ProducerStamp
 from shproto.keys import RangeKey
 
 from streamhouse_ingest.log.buffer import Buffer, WalPosition
-from streamhouse_ingest.log.producers import REPORTED, ProducerTable, after_write
+from streamhouse_ingest.log.fences import Fence
+from streamhouse_ingest.log.producers import FIRST_EPOCH, REPORTED, ProducerState, ProducerTable, after_write
 
 
 class OffsetSpan(NamedTuple):
@@ -56,6 +57,9 @@ class PartitionLog:
         self.leading = False
         self.min_acks = 0
         self.producers = producers
+        self.fences: dict[int, Fence] = {}
+        self._fenced_before: set[int] = set()  # producers whose state in the table is certain
+        self._reported: dict[int, ProducerState] = {}  # of producers that fence, at the registered end of a replay
         self.tail: deque[Buffer] = deque()
         self.sealed: deque[Buffer] = deque()
         self.open: Buffer | None = None
@@ -84,7 +88,38 @@ class PartitionLog:
         self.sealed.extend(buffers)
         self.next_offset = end_offset
 
+    # ---- fences
+
+    def raise_fence(self, producer_id: int, producer_epoch: int) -> int:
+        """Refuses older epochs of the producer from now on, and its batches until the fence is open, unless it is open
+        already. Returns the newest epoch that has fenced here, which may be newer."""
+        fence = self.fences.get(producer_id)
+        if fence is None or fence.producer_epoch < producer_epoch:
+            fence = self.fences[producer_id] = Fence(producer_epoch, is_open=False)
+        return fence.producer_epoch
+
+    def know(self, producer_id: int, state: ProducerState | None) -> None:
+        """Sets all that older ranges know of a fenced producer, at its first fence in this range; later ones change
+        nothing: from then on the range knows by itself."""
+        if producer_id not in self._fenced_before:
+            self._fenced_before.add(producer_id)
+            self.producers.know(producer_id, state)
+
+    def open_fence(self, producer_id: int) -> None:
+        """Takes batches of the fenced epoch from now on."""
+        self.fences[producer_id] = self.fences[producer_id]._replace(is_open=True)
+
+    @property
+    def has_fencing(self) -> bool:
+        """True if producers that fence may have written to this range."""
+        return bool(self.fences or self._reported) or any(buffer.last_batches for buffer in self.sealed)
+
     # ---- what the coordinator says
+
+    def note_reported(self, states: Mapping[int, ProducerState]) -> None:
+        """Notes the coordinator's states of producers, those that fence, at the registered end of this range or
+        before."""
+        self._reported = {key: state for key, state in states.items() if state.producer_epoch > FIRST_EPOCH}
 
     def name(self, topic: str, start_offset: int, min_acks: int) -> None:
         """Sets topic name, start and ack level as the coordinator knows them. A replay knows neither name nor ack level
@@ -112,14 +147,20 @@ class PartitionLog:
 
     def take_snapshots(self) -> None:
         """Sets the producer snapshots of replayed buffers; called once the coordinator has reported its producers."""
+        # The table remembers a producer's last batches, all of which may lie beyond a buffer. If the producer fences,
+        # its last one up to the end of the buffer must be there nevertheless: the range may turn out to end there.
+        fencing = dict(self._reported)
         for buffer in self.sealed:
+            fencing |= buffer.last_batches
             if buffer.snapshot is None:
-                buffer.snapshot = self.producers.snapshot(buffer.end_offset)
+                buffer.snapshot = self.producers.snapshot(buffer.end_offset, fencing)
 
-    def tail_snapshot(self) -> bytes:
-        """Returns the encoded producer states of this log's unregistered records. States from other logs of the replay
-        are left out: their records may have been fenced or lost since."""
-        return self.producers.snapshot_of(self.key.epoch, self.registered_end, self.next_offset)
+    def tail_snapshot(self, *, fencing_only: bool = False) -> bytes:
+        """Returns the encoded producer states of this log's unregistered records; `fencing_only`: of producers that
+        fence. States from other logs of the replay are left out: their records may have been fenced or lost since."""
+        return self.producers.snapshot_of(
+            self.key.epoch, self.registered_end, self.next_offset, fencing_only=fencing_only
+        )
 
     def seal(self) -> Buffer | None:
         """Seals the open buffer and returns it; returns None if no buffer is open."""
@@ -212,8 +253,8 @@ class PartitionLog:
     def _forget_lost(self, span: OffsetSpan) -> None:
         """Forgets the batches in `span`, written here or reported: below the end of this range every offset belongs to
         this epoch."""
-        self.producers.forget(self.key.epoch, *span)
-        self.producers.forget(REPORTED, *span)
+        self.producers.forget(self.key.epoch, *span, damaged=True)
+        self.producers.forget(REPORTED, *span, damaged=True)
 
     def is_damaged(self, offset: int) -> bool:
         """True if the batch at `offset` was written but damaged before its registration."""

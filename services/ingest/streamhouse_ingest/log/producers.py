@@ -7,6 +7,8 @@ Invariants: a state holds 1 to BATCHES_REMEMBERED batches of a single producer e
 - a newer producer epoch starts at sequence 0 and forgets the older epoch, an older epoch is fenced;
 - a producer without state is accepted at any sequence: the state may have been forgotten (idle producers beyond the
   limit, a takeover without the old leader's log), and a refusal would stop the producer for ever.
+fences.py has the rules of producers that fence. Their epochs are above FIRST_EPOCH, and they are never forgotten where
+they may write.
 """
 
 import struct
@@ -18,6 +20,11 @@ from shformat import ProducerStamp
 
 # An idempotent client keeps at most this many batches of a partition in flight, as in Kafka.
 BATCHES_REMEMBERED = 5
+# The epoch of producers that do not fence, as the coordinator assigns it.
+FIRST_EPOCH = 0
+# Producers that fence are not forgotten for the sake of others: the coordinator limits them, by 10,000 at most. Beyond
+# this many some program draws epochs at random; a snapshot of so many has 6 MB, well below its limit.
+_FENCING_MAX = 50_000
 # Stands for the epoch of a batch that the coordinator reported.
 REPORTED = 0
 _SNAPSHOT_VERSION = 1
@@ -83,20 +90,25 @@ class FencedBy:
     held_epoch: int
 
 
-Verdict = InSequence | DuplicateOf | OutOfSequence | FencedBy
-_IN_SEQUENCE = InSequence()
+@dataclass(frozen=True, slots=True)
+class NotFenced:
+    """The producer fences, and no fence of its epoch has been answered in this range."""
+
+
+Verdict = InSequence | DuplicateOf | OutOfSequence | FencedBy | NotFenced
+IN_SEQUENCE = InSequence()
 
 
 def check_sequence(state: ProducerState | None, stamp: ProducerStamp, record_count: int) -> Verdict:
     """Returns the verdict on a batch of `record_count` records from this producer."""
     if state is None:
-        return _IN_SEQUENCE
+        return IN_SEQUENCE
     if stamp.producer_epoch < state.producer_epoch:
         return FencedBy(state.producer_epoch)
     if stamp.producer_epoch > state.producer_epoch:
-        return _IN_SEQUENCE if stamp.base_sequence == 0 else OutOfSequence(0)
+        return IN_SEQUENCE if stamp.base_sequence == 0 else OutOfSequence(0)
     if stamp.base_sequence == state.next_sequence:
-        return _IN_SEQUENCE
+        return IN_SEQUENCE
     for batch in state.batches:
         if (batch.base_sequence, batch.record_count) == (stamp.base_sequence, record_count):
             return DuplicateOf(batch.base_offset)
@@ -115,11 +127,12 @@ def after_write(
 
 class ProducerTable:
     """The producers of a partition, in order of their last write. Beyond `producers_max` the producer whose last write
-    is oldest is forgotten."""
+    is oldest is forgotten, but none that fences where it may write."""
 
     def __init__(self, producers_max: int) -> None:
         self._producers_max = producers_max
         self._states: dict[int, ProducerState] = {}
+        self._fenced: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._states)
@@ -134,34 +147,57 @@ class ProducerTable:
         # writes.
         self._states.pop(producer_id, None)
         self._states[producer_id] = state
-        if len(self._states) > self._producers_max:
-            del self._states[next(iter(self._states))]
+        # The fences have a limit of their own.
+        if len(self._states) - len(self._fenced) > self._producers_max:
+            del self._states[next(other for other in self._states if other not in self._fenced)]
+
+    def know(self, producer_id: int, state: ProducerState | None) -> None:
+        """Sets the state of a producer that fences to what is certain; None: it has written nothing. It is forgotten
+        neither for others nor because of damage from then on."""
+        self._fenced.add(producer_id)
+        self._states.pop(producer_id, None)
+        if state is not None:
+            self.put(producer_id, state)
 
     def merge(self, others: Mapping[int, ProducerState]) -> None:
         """Merges states of a replay or a snapshot; of the same producer the newer batches win."""
         merged = {key: _newer(self._states.get(key), state) for key, state in others.items()}
         every = {**self._states, **merged}
         ordered = sorted(every.items(), key=lambda item: item[1].batches[-1].base_offset)
-        self._states = dict(ordered[-self._producers_max :])
+        # A replay does not know the fences, only the epochs. To forget a producer that fences would be to answer its
+        # next fence with too low a sequence.
+        fencing = [item for item in ordered if item[1].producer_epoch > FIRST_EPOCH]
+        ordinary = [item for item in ordered if item[1].producer_epoch == FIRST_EPOCH]
+        kept = dict([*ordinary[-self._producers_max :], *fencing[-_FENCING_MAX:]])
+        self._states = {key: state for key, state in ordered if key in kept}
 
-    def forget(self, epoch: int, base_offset: int, end_offset: int) -> None:
+    def forget(self, epoch: int, base_offset: int, end_offset: int, *, damaged: bool = False) -> None:
         """Forgets the batches of `epoch` in [base_offset, end_offset), which were fenced or lost: a retry of them is no
-        duplicate, and a later epoch may use their offsets by now."""
-        self._states = _restricted(
-            self._states, lambda batch: batch.epoch != epoch or not base_offset <= batch.base_offset < end_offset
+        duplicate, and a later epoch may use their offsets by now. `damaged`: lost in this log."""
+        states = self._states
+        left = _restricted(
+            states, lambda batch: batch.epoch != epoch or not base_offset <= batch.base_offset < end_offset
         )
+        # A producer that fences goes on behind a damaged batch, which readers get as DATA_LOSS: were its last sequence
+        # to go back, it would write again what is there before the damage, or all of it.
+        kept = self._fenced if damaged else ()
+        self._states = {key: states[key] if key in kept else left[key] for key in states if key in kept or key in left}
 
-    def snapshot(self, end_offset: int) -> bytes:
-        """Returns the encoded states of the batches below `end_offset`."""
-        return encode_snapshot(_restricted(self._states, lambda batch: batch.base_offset < end_offset))
+    def snapshot(self, end_offset: int, before: Mapping[int, ProducerState] | None = None) -> bytes:
+        """Returns the encoded states of the batches below `end_offset`. `before`: states at that offset of
+        producers all of whose remembered batches may lie beyond."""
+        states = _restricted(self._states, lambda batch: batch.base_offset < end_offset)
+        return encode_snapshot({**(before or {}), **states})
 
-    def snapshot_of(self, epoch: int, base_offset: int, end_offset: int) -> bytes:
-        """Returns the encoded states of the batches of `epoch` in [base_offset, end_offset)."""
-        return encode_snapshot(
-            _restricted(
-                self._states, lambda batch: batch.epoch == epoch and base_offset <= batch.base_offset < end_offset
-            )
+    def snapshot_of(self, epoch: int, base_offset: int, end_offset: int, *, fencing_only: bool = False) -> bytes:
+        """Returns the encoded states of the batches of `epoch` in [base_offset, end_offset). `fencing_only`: without
+        producers that do not fence."""
+        states = _restricted(
+            self._states, lambda batch: batch.epoch == epoch and base_offset <= batch.base_offset < end_offset
         )
+        if fencing_only:
+            states = {key: state for key, state in states.items() if state.producer_epoch > FIRST_EPOCH}
+        return encode_snapshot(states)
 
 
 def _newer(ours: ProducerState | None, theirs: ProducerState) -> ProducerState:

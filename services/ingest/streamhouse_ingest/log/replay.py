@@ -15,7 +15,13 @@ from shformat import HeaderColumns, ProducerStamp, WalFrame
 from shproto.keys import RangeKey
 
 from streamhouse_ingest.log.buffer import Buffer
-from streamhouse_ingest.log.producers import BATCHES_REMEMBERED, ProducerState, after_write
+from streamhouse_ingest.log.producers import (
+    BATCHES_REMEMBERED,
+    FIRST_EPOCH,
+    ProducerState,
+    WrittenBatch,
+    after_write,
+)
 
 # A producer's batch: its stamp, record count, base offset, the epoch it was written in.
 _Written = tuple[ProducerStamp, int, int, int]
@@ -186,10 +192,10 @@ class Replay:
                 # A frame behind damage shows that the log went on: what the damage hid before it is a known gap, not an
                 # unknown end.
                 log.hidings_before = self._hidings
-                self._append(log, file, frames, kept, stop)
+                self._append(log, key.epoch, file, frames, kept, stop)
                 _note_written(log.written, key.epoch, frames, kept, stop)
 
-    def _append(self, log: ReplayedLog, file: int, frames: FrameColumns, start: int, stop: int) -> None:
+    def _append(self, log: ReplayedLog, epoch: int, file: int, frames: FrameColumns, start: int, stop: int) -> None:
         """Appends frames `start` to `stop`, which have no gap, to the last buffer; begins a buffer after a gap and
         after a full buffer."""
         while start < stop:
@@ -205,6 +211,8 @@ class Replay:
             sizes_before = list(accumulate(frames.sizes_bytes[start:stop], initial=last.size_bytes))
             taken = slice(start, start + bisect_left(sizes_before, self._buffer_bytes_max, 0, stop - start))
             last.extend(frames.record_counts[taken], file, frames.ats[taken], frames.sizes_bytes[taken])
+            if max(frames.producer_epochs[taken]) > FIRST_EPOCH:
+                last.last_batches |= _last_batches(epoch, frames, taken.start, taken.stop)
             log.end_offset, start = last.end_offset, taken.stop
 
     def damaged(self, file: int, at: int, size_bytes: int, reason: str, *, hides: bool = False) -> None:
@@ -249,6 +257,19 @@ def _note_written(
                 del written[:-BATCHES_REMEMBERED]
             stamp = ProducerStamp(producer_id, frames.producer_epochs[i], frames.base_sequences[i])
             written.append((stamp, frames.record_counts[i], frames.base_offsets[i], epoch))
+
+
+def _last_batches(epoch: int, frames: FrameColumns, start: int, stop: int) -> dict[int, ProducerState]:
+    """Returns the last batch of each producer that fences among frames `start` to `stop`, as its state."""
+    last = dict(zip(frames.producer_ids[start:stop], range(start, stop), strict=True))
+    return {
+        producer_id: ProducerState(
+            frames.producer_epochs[i],
+            (WrittenBatch(frames.base_sequences[i], frames.record_counts[i], frames.base_offsets[i], epoch),),
+        )
+        for producer_id, i in last.items()
+        if frames.producer_epochs[i] > FIRST_EPOCH
+    }
 
 
 def _state_after(written: Sequence[_Written]) -> ProducerState:

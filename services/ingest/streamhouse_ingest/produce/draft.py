@@ -8,12 +8,16 @@ from dataclasses import dataclass
 
 from shformat import ProducerStamp
 
+from streamhouse_ingest.log.fences import check_fenced
 from streamhouse_ingest.log.partition_log import BatchAppended, PartitionLog
 from streamhouse_ingest.log.producers import (
     DuplicateOf,
     FencedBy,
+    InSequence,
+    NotFenced,
     OutOfSequence,
     ProducerState,
+    Verdict,
     after_write,
     check_sequence,
 )
@@ -31,7 +35,7 @@ class RangeExhausted:
     limit_offset: int
 
 
-Decision = BatchAppended | DuplicateOf | OutOfSequence | FencedBy | NotLed | RangeExhausted
+Decision = BatchAppended | DuplicateOf | OutOfSequence | FencedBy | NotFenced | NotLed | RangeExhausted
 
 
 class Draft:
@@ -42,16 +46,16 @@ class Draft:
         self._next_offset = log.next_offset
         self._producers: dict[int, ProducerState] = {}
 
-    def decide(self, record_count: int, stamp: ProducerStamp | None) -> Decision:
+    def decide(self, record_count: int, stamp: ProducerStamp | None, *, sequenced: bool = False) -> Decision:
         """Returns the offsets of the batch, or the reason not to append it. Later decisions of this draft take a
-        BatchAppended as written."""
+        BatchAppended as written. `sequenced`: the batch is of a producer that fences."""
         if not self._log.leading:
             return NotLed()
         state = None
         if stamp is not None:
             state = self._producers.get(stamp.producer_id) or self._log.producers.get(stamp.producer_id)
-            verdict = check_sequence(state, stamp, record_count)
-            if isinstance(verdict, DuplicateOf | OutOfSequence | FencedBy):
+            verdict = self._verdict(state, stamp, record_count, sequenced=sequenced)
+            if not isinstance(verdict, InSequence):
                 return verdict
         # Never beyond the limit: an epoch of another agent may begin there (G2).
         if self._next_offset + record_count > self._log.limit_offset:
@@ -63,3 +67,12 @@ class Draft:
                 state, stamp, record_count, appended.base_offset, self._log.key.epoch
             )
         return appended
+
+    def _verdict(
+        self, state: ProducerState | None, stamp: ProducerStamp, record_count: int, *, sequenced: bool
+    ) -> Verdict:
+        fence = self._log.fences.get(stamp.producer_id)
+        # A producer that has fenced here is strict, however its batch comes.
+        if sequenced or fence is not None:
+            return check_fenced(fence, state, stamp, record_count)
+        return check_sequence(state, stamp, record_count)

@@ -1,10 +1,18 @@
 """Errors that answer a batch which was not appended, or may not have been."""
 
 from shformat import ProducerStamp
-from shproto.errors import UNKNOWN, Overloaded, ProducerFenced, SequenceGap, StreamHouseError, Unavailable
+from shproto.errors import (
+    UNKNOWN,
+    Overloaded,
+    ProducerFenced,
+    ProducerNotFenced,
+    SequenceGap,
+    StreamHouseError,
+    Unavailable,
+)
 
 from streamhouse_ingest.log.logs import HeldLog, not_leader
-from streamhouse_ingest.log.producers import FencedBy, OutOfSequence
+from streamhouse_ingest.log.producers import FencedBy, NotFenced, OutOfSequence
 from streamhouse_ingest.produce.draft import Decision, RangeExhausted
 
 _RANGE_RETRY_MS = 100  # an extension takes one call to the coordinator
@@ -26,11 +34,14 @@ def refusal(held: HeldLog, stamp: ProducerStamp | None, decision: Decision) -> S
             )
         case FencedBy(held_epoch):
             assert stamp is not None
-            return ProducerFenced(
-                f"{topic}/{partition}: producer epoch {stamp.producer_epoch}, {held_epoch} has written",
+            return producer_fenced(held, stamp.producer_id, stamp.producer_epoch, held_epoch)
+        case NotFenced():
+            assert stamp is not None
+            return ProducerNotFenced(
+                f"{topic}/{partition}: producer {stamp.producer_id} has not fenced epoch {stamp.producer_epoch} at "
+                "this leader; nothing was written",
                 producer_id=stamp.producer_id,
-                offered=stamp.producer_epoch,
-                held=held_epoch,
+                producer_epoch=stamp.producer_epoch,
             )
         case RangeExhausted(limit_offset):
             return Overloaded(
@@ -41,6 +52,16 @@ def refusal(held: HeldLog, stamp: ProducerStamp | None, decision: Decision) -> S
             )
         case _:
             return not_leader(topic, partition, "its lease has moved or run out")
+
+
+def producer_fenced(held: HeldLog, producer_id: int, offered: int, newest: int) -> ProducerFenced:
+    """Returns the error for an older epoch of a producer."""
+    return ProducerFenced(
+        f"{held.log.topic}/{held.log.key.partition}: producer epoch {offered}, {newest} has written or fenced",
+        producer_id=producer_id,
+        offered=offered,
+        held=newest,
+    )
 
 
 def lease_lost(held: HeldLog) -> StreamHouseError:

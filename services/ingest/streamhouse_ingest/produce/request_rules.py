@@ -19,35 +19,20 @@ from shformat import (
 )
 from shproto.acks import ACKS_DURABLE, ACKS_NAMES, ACKS_WAL
 from shproto.errors import AcksTooWeak, BatchTooLarge, InvalidArgument, InvalidBatch, UnknownProducer
-from shproto.limits import INLINE_BYTES_MAX, TOPIC_ID_BYTES
+from shproto.limits import INLINE_BYTES_MAX
 from shproto.v1 import ingest_pb2 as pb
 from shproto.v1 import types_pb2
 from shruntime.clock import Clock
 from shruntime.fair_executor import FairExecutor, QueueFull
 
 from streamhouse_ingest.log.logs import HeldLog, Logs
+from streamhouse_ingest.log.producers import FIRST_EPOCH
 from streamhouse_ingest.produce.refusals import overloaded
 from streamhouse_ingest.settings import IngestSettings
 
 T = TypeVar("T")
 
 _QUEUE_RETRY_MS = 200  # the largest batch takes about as long to check
-
-
-def is_meant(request: pb.ProduceRequest, held: HeldLog) -> bool:
-    """True if the log belongs to the topic that the producer means, not to another topic of that name."""
-    return not request.topic_id or request.topic_id == held.log.key.topic_id
-
-
-def check_topic_id(topic_id: bytes) -> None:
-    """Checks the length of the topic id; an empty id is valid. Raises InvalidArgument."""
-    if len(topic_id) not in (0, TOPIC_ID_BYTES):
-        raise InvalidArgument(
-            f"topic_id must have {TOPIC_ID_BYTES} bytes, or none, got {len(topic_id)}",
-            field="topic_id",
-            limit=TOPIC_ID_BYTES,
-            value=len(topic_id),
-        )
 
 
 class RequestRules:
@@ -59,7 +44,7 @@ class RequestRules:
         self._settings = settings
         self._work = FairExecutor(at_once_max=settings.checks_at_once_max, bytes_max=settings.checks_queue_bytes_max)
 
-    def acks(self, request: pb.ProduceRequest, held: HeldLog) -> int:
+    def acks(self, request: pb.ProduceRequest | pb.FenceProducerRequest, held: HeldLog) -> int:
         """Returns the ack level at which the request is answered: as requested, else the minimum of the topic.
 
         Raises InvalidArgument for an unknown level, AcksTooWeak for a level below the minimum of the topic.
@@ -105,15 +90,28 @@ class RequestRules:
             raise InvalidBatch("a produced batch has no gaps in its offsets", at=0, what="offset gaps")
         return header
 
-    def check_producer(self, header: BatchHeader) -> None:
-        """Refuses a producer id from before the metadata was restored, which may be assigned twice. Raises
-        UnknownProducer."""
+    def check_producer(self, header: BatchHeader, *, sequenced: bool) -> None:
+        """Refuses a producer id from before the metadata was restored, which may be assigned twice, and a sequenced
+        batch without a producer that fences. Raises UnknownProducer, InvalidArgument."""
+        if header.producer is not None:
+            self.check_producer_id(header.producer.producer_id)
+        if sequenced and (header.producer is None or header.producer.producer_epoch <= FIRST_EPOCH):
+            epoch = None if header.producer is None else header.producer.producer_epoch
+            raise InvalidArgument(
+                f"a sequenced_batch needs a producer id and an epoch of at least {FIRST_EPOCH + 1}, got epoch {epoch}",
+                field="sequenced_batch",
+                value=epoch,
+                limit=FIRST_EPOCH + 1,
+            )
+
+    def check_producer_id(self, producer_id: int) -> None:
+        """Refuses a producer id from before the metadata was restored. Raises UnknownProducer."""
         first = self._logs.producer_ids_from
-        if header.producer is not None and header.producer.producer_id < first:
+        if producer_id < first:
             raise UnknownProducer(
-                f"producer id {header.producer.producer_id} is from before the metadata was restored; ids begin at "
-                f"{first} now. Take a new one; whether a batch that is sent again was written before is unknown",
-                producer_id=header.producer.producer_id,
+                f"producer id {producer_id} is from before the metadata was restored; ids begin at {first} now. Take a "
+                "new one; whether a batch that is sent again was written before is unknown",
+                producer_id=producer_id,
                 producer_ids_from=first,
             )
 

@@ -31,7 +31,8 @@ from shruntime.telemetry import context_of, current_traceparent
 from streamhouse_ingest.log.logs import HeldLog, Logs, not_leader
 from streamhouse_ingest.log.partition_log import PartitionLog
 from streamhouse_ingest.metrics import IngestMetrics
-from streamhouse_ingest.produce.request_rules import RequestRules, check_topic_id, is_meant
+from streamhouse_ingest.produce.leaders import leading_log
+from streamhouse_ingest.produce.request_rules import RequestRules
 from streamhouse_ingest.produce.topics import TopicLookup
 from streamhouse_ingest.produce.writer import Append, Writer, Written
 from streamhouse_ingest.settings import IngestSettings
@@ -69,6 +70,7 @@ class ProduceService:
         clock: Clock,
         settings: IngestSettings,
         metrics: IngestMetrics,
+        rules: RequestRules,
     ) -> None:
         self._logs = logs
         self._writer = writer
@@ -76,7 +78,7 @@ class ProduceService:
         self._clock = clock
         self._settings = settings
         self._metrics = metrics
-        self._rules = RequestRules(logs, clock, settings)
+        self._rules = rules
 
     async def produce(self, request: pb.ProduceRequest) -> pb.ProduceResponse:
         """Returns the response at the requested ack level. Raises the StreamHouseErrors of docs/errors.md."""
@@ -97,16 +99,19 @@ class ProduceService:
             raise
 
     async def _accept(self, request: pb.ProduceRequest) -> PendingProduce:
-        held = await self._leading(request)
+        held = await leading_log(self._logs, self._topics, request)
         acks = self._rules.acks(request, held)
         connection = caller_connection()
-        is_encoded = request.WhichOneof("payload") == "batch"
-        batch = request.batch if is_encoded else await self._rules.encode(request, connection)
+        sequenced = request.HasField("sequenced_batch")
+        if sequenced:
+            batch = request.sequenced_batch
+        else:
+            batch = request.batch if request.HasField("batch") else await self._rules.encode(request, connection)
         # Before anything is queued: the writer, whose group others wait for, decides on batches that are known to be
         # valid.
         header = await self._rules.validate(batch, connection)
         self._rules.check_timestamp(header)
-        self._rules.check_producer(header)
+        self._rules.check_producer(header, sequenced=sequenced)
         timeout_ms = request.timeout_ms or self._settings.produce_timeout_ms
         written = None if acks == types_pb2.ACKS_NONE else asyncio.get_running_loop().create_future()
         # The log may have stopped leading during the awaits above: the writer's draft decides again, and refuses with
@@ -114,7 +119,17 @@ class ProduceService:
         span, traceparent = _start_span(held, request.trace_context)
         durable = acks == types_pb2.ACKS_DURABLE
         try:
-            self._writer.submit(Append(held, header, batch, durable=durable, traceparent=traceparent, written=written))
+            self._writer.submit(
+                Append(
+                    held,
+                    header,
+                    batch,
+                    durable=durable,
+                    sequenced=sequenced,
+                    traceparent=traceparent,
+                    written=written,
+                )
+            )
         except StreamHouseError:
             # `answer`, which ends the span otherwise, is not called for a refused request.
             span.end()
@@ -131,21 +146,6 @@ class ProduceService:
             written=written,
             span=span,
         )
-
-    async def _leading(self, request: pb.ProduceRequest) -> HeldLog:
-        """Returns the log that the batch is for. Raises NotLeader, UnknownTopic, UnknownPartition, InvalidArgument.
-
-        A topic that was deleted and created again under the same name is a different topic: its batches must not be
-        acknowledged into the log of the old topic by an agent that does not know the new topic yet, nor the reverse.
-        """
-        check_topic_id(request.topic_id)
-        held = self._logs.led(request.topic, request.partition)
-        if held is None or not is_meant(request, held):
-            held = await self._topics.find_leader(request.topic, request.partition)
-        if not is_meant(request, held):
-            why = "another topic of that name was created; one of us does not know it yet"
-            raise not_leader(request.topic, request.partition, why)
-        return held
 
     async def answer(self, pending: PendingProduce) -> pb.ProduceResponse:
         """Returns the response once the ack level is reached.

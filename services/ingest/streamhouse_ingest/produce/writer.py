@@ -47,13 +47,14 @@ class Written:
 
 
 class Append:
-    """A validated batch on its way to the log; `written` is None if no caller waits (acks none).
+    """A validated batch on its way to the log; `written` is None if no caller waits (acks none). `sequenced`: its
+    producer fences.
 
     Errors are set as results of `written`, not as exceptions: asyncio would log an exception that no caller retrieves,
     and the caller may be gone by then.
     """
 
-    __slots__ = ("batch", "durable", "header", "held", "queued_ms", "traceparent", "written")
+    __slots__ = ("batch", "durable", "header", "held", "queued_ms", "sequenced", "traceparent", "written")
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class Append:
         batch: bytes,
         *,
         durable: bool = False,
+        sequenced: bool = False,
         traceparent: str = "",
         written: asyncio.Future[Written | StreamHouseError] | None = None,
     ) -> None:
@@ -69,6 +71,7 @@ class Append:
         self.header = header
         self.batch = batch
         self.durable = durable
+        self.sequenced = sequenced
         self.traceparent = traceparent
         self.written = written
         self.queued_ms = 0
@@ -157,6 +160,15 @@ class Writer:
         """Waits until the group that is being written, if any, is applied."""
         await self._idle.wait()
 
+    async def sync(self) -> None:
+        """Waits until the group that is being written, if any, is applied, and all applied groups are synced, whatever
+        the policy. Raises Unavailable if the log failed."""
+        await self.barrier()
+        try:
+            await self._files.run(self._wal.sync)
+        except WalBroken as error:
+            raise log_failed() from error
+
     async def drain(self) -> None:
         """Waits until all queued batches are written; call after refuse()."""
         while self._queue or not self._idle.is_set():
@@ -226,7 +238,9 @@ class Writer:
             if draft is None:
                 draft = drafts[append.held] = Draft(append.held.log)
             header = append.header
-            decision = draft.decide(header.record_count, header.producer) if led else NotLed()
+            decision: Decision = NotLed()
+            if led:
+                decision = draft.decide(header.record_count, header.producer, sequenced=append.sequenced)
             frame = None
             if isinstance(decision, BatchAppended):
                 key = append.held.log.key

@@ -246,13 +246,21 @@ def _candidate(held: HeldLog) -> SealCandidate:
 
 
 def _within_a_message(slices: Sequence[tuple[HeldLog, Buffer]]) -> Iterator[list[tuple[HeldLog, Buffer]]]:
-    """Yields the slices in runs that fit into an announcement: a request refused for its size would block the queue."""
+    """Yields the slices in runs that fit into an announcement: a request refused for its size would block the queue.
+
+    A log with producers that fence has one slice in each: the coordinator keeps the state at the end of a log's last
+    slice, and registration may stop, for good, at the end of any.
+    """
     run: list[tuple[HeldLog, Buffer]] = []
+    alone: set[HeldLog] = set()
     room_bytes = SNAPSHOTS_BYTES_MAX
     for held, buffer in slices:
-        if run and (buffer.snapshot_bytes > room_bytes or len(run) == _SLICES_MAX):
+        if run and (buffer.snapshot_bytes > room_bytes or len(run) == _SLICES_MAX or held in alone):
             yield run
             run, room_bytes = [], SNAPSHOTS_BYTES_MAX
+            alone.clear()
+        if held.log.has_fencing:
+            alone.add(held)
         run.append((held, buffer))
         room_bytes -= buffer.snapshot_bytes
     if run:
