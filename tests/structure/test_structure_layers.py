@@ -21,7 +21,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "shproto": set(),
     "shruntime": {"shproto"},
     "shstore": {"shruntime", "shproto"},
-    "shcluster": {"shruntime", "shproto"},
+    "shcluster": {"shruntime", "shproto", "shformat"},
     "shread": LIBRARIES,
     "streamhouse": {"shcluster", "shruntime", "shproto", "shformat"},
     "streamhouse_coordinator": LIBRARIES,

@@ -1,0 +1,156 @@
+"""Numbered streams: SequencedWriter over the real cluster, with faults of the way to it."""
+
+import asyncio
+import random
+
+import pytest
+from shformat import BytesColumn
+from shproto.errors import (
+    InvalidArgument,
+    InvalidBatch,
+    NotLeader,
+    Overloaded,
+    ProducerFenced,
+    SequenceGap,
+    Unavailable,
+    UnknownTopic,
+)
+from streamhouse.sequenced import SequencedWriter, new_producer_id, sequenced_writer
+
+from tests.platform.cluster import Cluster
+
+TIMESTAMP_MS = 1_700_000_000_000
+
+
+@pytest.fixture
+async def producer_id(platform: Cluster, address: str) -> int:
+    await platform.create_topic("t")
+    return await new_producer_id(address)
+
+
+def numbers(first: int, stop: int) -> BytesColumn:
+    return BytesColumn.from_list([b"%d" % number for number in range(first, stop)])
+
+
+async def write(writer: SequencedWriter, first: int, stop: int) -> int:
+    return await writer.write(first, numbers(first, stop), timestamps_ms=TIMESTAMP_MS)
+
+
+async def there(platform: Cluster) -> list[int]:
+    return [int(value or b"-1") for value in await platform.values()]
+
+
+async def test_a_stream_is_written_on_by_the_next_epoch(platform: Cluster, address: str, producer_id: int) -> None:
+    async with sequenced_writer(address, "t", 0, producer_id=producer_id, producer_epoch=1, acks="wal") as writer:
+        assert (await writer.fence()).next_sequence == 0
+        assert await write(writer, 0, 5) == 4
+        assert await write(writer, 5, 9) == 8
+        assert await write(writer, 3, 9) == 8, "what is there is not written again"
+        assert await write(writer, 3, 5) == -1, "others follow it"
+    async with sequenced_writer(address, "t", 0, producer_id=producer_id, producer_epoch=2) as successor:
+        fence = await successor.fence()
+        assert (fence.next_sequence, fence.last_record_count, fence.last_offset) == (9, 4, 8)
+        await write(successor, 9, 10)
+    async with sequenced_writer(address, "t", 0, producer_id=producer_id, producer_epoch=1) as zombie:
+        with pytest.raises(ProducerFenced):
+            await write(zombie, 10, 11)
+    assert await there(platform) == list(range(10))
+
+
+async def test_large_writes_are_cut_and_sent_many_at_a_time(platform: Cluster, address: str, producer_id: int) -> None:
+    values = BytesColumn.from_list([b"%d" % n + b" " * 3000 for n in range(300)])
+    keys = BytesColumn.from_list([b"k"] * 300)
+    async with sequenced_writer(address, "t", 0, producer_id=producer_id, producer_epoch=1, acks="wal") as writer:
+        writer._batch_bytes = 10_000
+        assert await writer.write(0, values, keys, timestamps_ms=TIMESTAMP_MS) == 299
+    assert len(await platform.batches()) == 100
+    assert [int(value or b"-1") for value in await platform.values()] == list(range(300))
+
+
+@pytest.mark.parametrize("request_arrives", [True, False])
+@pytest.mark.parametrize("after", [0, 1, 5, 9])
+async def test_a_cut_stream_loses_and_doubles_nothing(
+    platform: Cluster, address: str, producer_id: int, after: int, request_arrives: bool
+) -> None:
+    async with sequenced_writer(address, "t", 0, producer_id=producer_id, producer_epoch=1, acks="wal") as writer:
+        writer._batch_bytes = 10
+        await writer.fence()
+        platform.faults.cut("produce", after, request_arrives=request_arrives)
+        await write(writer, 0, 100)
+        await write(writer, 100, 101)
+    assert await there(platform) == list(range(101))
+
+
+@pytest.mark.parametrize("error", [Overloaded("full", retry_after_ms=1), NotLeader("moved"), Unavailable("away")])
+@pytest.mark.parametrize("method", ["produce", "fence_producer", "get_metadata"])
+async def test_refusals_are_tried_again(
+    platform: Cluster, address: str, producer_id: int, method: str, error: Exception
+) -> None:
+    async with sequenced_writer(address, "t", 0, producer_id=producer_id, producer_epoch=1, acks="wal") as writer:
+        platform.faults.fail(method, error, 2)  # type: ignore[arg-type]
+        assert await write(writer, 0, 5) == 4
+    assert platform.faults.failing(method) == 0
+    assert await there(platform) == list(range(5))
+
+
+async def test_a_new_leader_is_fenced_before_it_gets_anything(
+    platform: Cluster, address: str, producer_id: int
+) -> None:
+    async with sequenced_writer(address, "t", 0, producer_id=producer_id, producer_epoch=1, acks="wal") as writer:
+        await write(writer, 0, 5)
+        await platform.change_leader("t")
+        await write(writer, 5, 9)
+    assert await there(platform) == list(range(9))
+
+
+async def test_a_gap_is_named_with_the_place_to_go_on(platform: Cluster, address: str, producer_id: int) -> None:
+    async with sequenced_writer(address, "t", 0, producer_id=producer_id, producer_epoch=1, acks="wal") as writer:
+        await write(writer, 0, 5)
+        with pytest.raises(SequenceGap) as gap:
+            await write(writer, 7, 9)
+        assert gap.value.details["expected"] == "5"
+        await write(writer, int(gap.value.details["expected"]), 9)
+    assert await there(platform) == list(range(9))
+
+
+async def test_what_cannot_be_written_is_an_error_at_once(platform: Cluster, address: str, producer_id: int) -> None:
+    async with sequenced_writer(address, "t", 0, producer_id=producer_id, producer_epoch=1, acks="wal") as writer:
+        with pytest.raises(InvalidArgument, match="keys has 1 entries for 2 values"):
+            await writer.write(0, numbers(0, 2), numbers(0, 1), timestamps_ms=TIMESTAMP_MS)
+        with pytest.raises(InvalidBatch):
+            too_large = BytesColumn.from_list([random.Random(1).randbytes(17 << 20)])
+            await writer.write(0, too_large, timestamps_ms=TIMESTAMP_MS)
+        await write(writer, 0, 2)
+        await platform.recreate_topic("t", 1)
+        with pytest.raises(UnknownTopic):
+            for number in range(2, 10_000):  # until the agent has heard that the topic is gone
+                await write(writer, number, number + 1)
+    with pytest.raises(InvalidArgument, match="acks"):
+        async with sequenced_writer(address, "t", 0, producer_id=producer_id, producer_epoch=1, acks="none"):
+            pass
+
+
+async def test_a_call_ends_with_its_time_and_says_why(platform: Cluster, address: str, producer_id: int) -> None:
+    platform.faults.fail("fence_producer", Unavailable("t/0: epoch 1 of agent a is not settled"))
+    async with sequenced_writer(address, "t", 0, producer_id=producer_id, producer_epoch=1, timeout_ms=200) as writer:
+        with pytest.raises(Unavailable, match="agent a is not settled"):
+            await writer.fence()
+
+
+async def test_two_epochs_at_once_write_one_stream(platform: Cluster, address: str, producer_id: int) -> None:
+    async def run(epoch: int) -> None:
+        async with sequenced_writer(
+            address, "t", 0, producer_id=producer_id, producer_epoch=epoch, acks="wal"
+        ) as writer:
+            try:
+                number = (await writer.fence()).next_sequence
+                while number < 200:
+                    await write(writer, number, number + 3)
+                    number += 3
+            except ProducerFenced:
+                assert epoch < 5
+
+    await asyncio.gather(*(run(epoch) for epoch in range(1, 6)))
+    found = await there(platform)
+    assert found == list(range(len(found)))
+    assert len(found) >= 200
