@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,11 @@ class Duck:
         self._connection.execute("SET TimeZone = 'UTC'")
         self._connection.execute("SET lock_configuration = true")
 
+    @property
+    def version(self) -> str:
+        """Version of DuckDB: another one may compute other rows."""
+        return str(duckdb.__version__)
+
     def add_table(self, name: str, source: Source) -> None:
         """Makes the source readable as the table `name`."""
         self._connection.register(name, source)
@@ -114,6 +119,21 @@ class Duck:
         """Runs a statement of ours, such as CREATE."""
         with _as_ours():
             self._connection.execute(sql)
+
+    def fetch(self, sql: str, values: Sequence[object] = ()) -> Any:
+        """Returns the whole result of a query of ours as a `pyarrow.Table`."""
+        with _as_ours():
+            relation = self._connection.sql(sql, params=list(values)) if values else self._connection.sql(sql)
+            return relation.to_arrow_table()
+
+    def remove_table(self, name: str) -> None:
+        """Forgets a table that `add_table` made readable."""
+        self._connection.unregister(name)
+
+    def roll_back(self) -> None:
+        """Takes back the statements since BEGIN; nothing happens outside of a transaction."""
+        with contextlib.suppress(duckdb.TransactionException):
+            self._connection.rollback()
 
     def make_table(self, name: str, table: Any) -> None:
         """Makes or replaces a table of the instance, which all its connections see, with the rows of a

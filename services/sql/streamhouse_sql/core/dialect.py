@@ -68,3 +68,24 @@ class StreamHouse(DuckDB):
 
     Parser = StreamHouseParser
     Generator = StreamHouseGenerator
+
+
+class VerbatimParser(StreamHouseParser):
+    """Parser that keeps functions under the names that the text gives them."""
+
+    FUNCTIONS: ClassVar = {}
+    FUNCTION_PARSERS: ClassVar = {
+        name: StreamHouseParser.FUNCTION_PARSERS[name] for name in ("CAST", "TRY_CAST", "EXTRACT", "SUBSTRING", "TRIM")
+    }
+
+
+class Verbatim(StreamHouse):
+    """The dialect of continuous queries, whose expressions are written again from their tree: what sqlglot knows about
+    functions of other dialects, and paths of JSON, would change them."""
+
+    Parser = VerbatimParser
+    Generator = StreamHouseGenerator
+
+    def to_json_path(self, path: exp.Expr | None) -> exp.Expr | None:
+        """Returns the path as it is."""
+        return path

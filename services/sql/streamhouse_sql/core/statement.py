@@ -103,7 +103,7 @@ def parse(text: str, *, parameters: bool = False) -> Statement:
     expansion = expanded(text)
     try:
         if explain is not None:
-            return Explain(_query(_one(expansion.text), expansion.text, expansion))
+            return Explain(_query(one_tree(expansion.text), expansion.text, expansion))
         return _statement(expansion, parameters=parameters)
     except InvalidStatement as error:
         raise expansion.with_place(error) from error.__cause__
@@ -112,7 +112,7 @@ def parse(text: str, *, parameters: bool = False) -> Statement:
 def _statement(expansion: Expansion, *, parameters: bool) -> Statement:
     text = expansion.text
     # As long as the other word, so that places in errors stay those of the text.
-    tree = _one(_CREATE_SOURCE.sub(r"\1TABLE \2", text))
+    tree = one_tree(_CREATE_SOURCE.sub(r"\1TABLE \2", text))
     if isinstance(tree, exp.Describe):
         return _describe(tree, text, expansion)
     if isinstance(tree, exp.Create) and tree.kind == "TABLE" and not tree.args.get("expression"):
@@ -126,7 +126,7 @@ def _statement(expansion: Expansion, *, parameters: bool) -> Statement:
 def query_of_table(name: str) -> Query:
     """Returns `SELECT * FROM name`, so that DESCRIBE finds and refuses names as a query does."""
     text = f"SELECT * FROM {exp.to_identifier(name).sql(DIALECT)}"
-    return _query(_one(text), text, Expansion(text, text))
+    return _query(one_tree(text), text, Expansion(text, text))
 
 
 def _behind(text: str, word: re.Match[str]) -> str:
@@ -134,10 +134,11 @@ def _behind(text: str, word: re.Match[str]) -> str:
     return re.sub(r"[^\n]", " ", text[: word.end()]) + text[word.end() :]
 
 
-def _one(text: str) -> exp.Expr:
+def one_tree(text: str, dialect: type[StreamHouse] = DIALECT) -> exp.Expr:
+    """Returns the tree of the only statement of a text. Raises InvalidStatement."""
     try:
         # A comment behind the last semicolon is a tree of its own.
-        trees = [tree for tree in sqlglot.parse(text, dialect=DIALECT) if not isinstance(tree, exp.Semicolon | None)]
+        trees = [tree for tree in sqlglot.parse(text, dialect=dialect) if not isinstance(tree, exp.Semicolon | None)]
     except ParseError as error:
         raise _invalid(text, error) from error
     except TokenError as error:

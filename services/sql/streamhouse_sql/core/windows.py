@@ -99,16 +99,34 @@ def expanded(text: str) -> Expansion:
         return Expansion(text, text)  # a text without its end: the parser says so, with its place
     if len(tokens) > TOKENS_MAX:
         raise InvalidStatement(f"the statement has {len(tokens)} words and signs, at most {TOKENS_MAX} are allowed")
-    parts, at = [], 0
-    calls = []
+    return _replaced(text, [(start, end, _subquery(window)) for start, end, window in _windows(text, tokens)])
+
+
+def with_placeholders(text: str) -> tuple[Expansion, dict[str, Window]]:
+    """Returns the text with a name in the place of each window function, and the windows by these names. Raises
+    InvalidStatement as `expanded` does."""
+    calls = _windows(text, StreamHouse().tokenize(text))
+    names = [f"window {number}" for number in range(len(calls))]
+    edits = [(start, end, f'"{name}"') for name, (start, end, _) in zip(names, calls, strict=True)]
+    return _replaced(text, edits), {name: window for name, (_, _, window) in zip(names, calls, strict=True)}
+
+
+def _windows(text: str, tokens: Sequence[Token]) -> list[tuple[int, int, Window]]:
+    """Returns (start, end, window) of the calls in a text."""
+    found = []
     for first, last in _calls(tokens):
         call = tokens[first : last + 1]
-        subquery = _subquery(_window(call, text))
-        start, end = call[0].start, call[-1].end + 1
-        parts += [text[at:start], subquery]
-        calls.append((start, end, len(subquery)))
+        found.append((call[0].start, call[-1].end + 1, _window(call, text)))
+    return found
+
+
+def _replaced(text: str, edits: Sequence[tuple[int, int, str]]) -> Expansion:
+    parts, at = [], 0
+    for start, end, written in edits:
+        parts += [text[at:start], written]
         at = end
-    return Expansion("".join([*parts, text[at:]]), text, tuple(calls))
+    calls = tuple((start, end, len(written)) for start, end, written in edits)
+    return Expansion("".join([*parts, text[at:]]), text, calls)
 
 
 def _calls(tokens: Sequence[Token]) -> list[tuple[int, int]]:

@@ -1,0 +1,350 @@
+"""Nodes to a program: statements of DuckDB's SQL that compute the change of a result in a micro-batch.
+
+Each node becomes a SELECT of the change of its rows, over the decoded inputs (`in_…`), tables of this micro-batch
+(`d_…`) and state (`s_…`). Nodes without state are only a SELECT around another, so that DuckDB plans them together.
+A change has rows that are new; of a changelog also rows that are no longer there, told apart by their weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from shproto.errors import InvalidStatement
+
+from streamhouse_sql.core.columns import COLUMN_NAMES
+from streamhouse_sql.core.continuous.model import (
+    INPUT,
+    OFFSET,
+    PARTITION,
+    TIME,
+    WEIGHT,
+    Expiry,
+    Guard,
+    JobInput,
+    Op,
+    Program,
+    SourceProgram,
+    StateInfo,
+)
+from streamhouse_sql.core.continuous.names import quoted
+from streamhouse_sql.core.continuous.nodes import Group, Join, Node, Scan, Select, Union, Windowed, sources_of
+from streamhouse_sql.core.tables import needed_columns, record_columns_of, select_of
+
+# Hidden columns of a relation whose rows are records: the place that breaks ties.
+_PLACE = (INPUT, PARTITION, OFFSET)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relation:
+    """The change of a node's rows. `sql`: a SELECT of `columns`, the `hidden` ones, and the weight of a changelog.
+    `key`: columns that identify a row, None if none do. `time`: name of the column with the watermark's event time.
+    `guard`: the change is empty in micro-batches that it does not let run."""
+
+    sql: str
+    columns: tuple[str, ...]
+    hidden: tuple[str, ...] = ()
+    is_changelog: bool = False
+    key: tuple[str, ...] | None = None
+    guard: Guard | None = None
+    sort: tuple[str, ...] = ()
+
+    def all_columns(self) -> list[str]:
+        """Returns the names of all columns, those of ours behind the node's."""
+        return [*self.columns, *self.hidden, *((WEIGHT,) if self.is_changelog else ())]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """A program, and what the plan says about it."""
+
+    program: Program
+    inputs: tuple[JobInput, ...]
+    columns: tuple[str, ...]
+    key: tuple[str, ...]
+    is_changelog: bool
+    state: tuple[StateInfo, ...]
+    operators: tuple[str, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Options of a compilation. `ttl_us`: 0 without. `is_view`: the result is kept. `renamed`: names of the columns."""
+
+    emit_on_close: bool
+    is_view: bool
+    ttl_us: int
+    renamed: tuple[str, ...] = ()
+
+
+def compiled(node: Node, topics: Mapping[str, int], options: Options) -> Compiled:
+    """Returns the program of a plan. Raises InvalidStatement for a combination of nodes that has none."""
+    return _Compiler(node, topics, options).compile(node)
+
+
+class _Compiler:
+    """Collects the statements of a program, sources first."""
+
+    def __init__(self, node: Node, topics: Mapping[str, int], options: Options) -> None:
+        self._topics = topics
+        self._options = options
+        self._ops: list[Op] = []
+        self._sources: dict[tuple[str, str], SourceProgram] = {}
+        self._inputs: dict[str, set[str]] = {}
+        self._states: list[StateInfo] = []
+        self._compactions: list[tuple[str, str]] = []
+        self._expiries: list[Expiry] = []
+        self._operators: list[str] = []
+        self._number = 0
+        nodes = _all_nodes(node)
+        self._uses = Counter(id(found) for found in nodes)
+        self._reads = Counter(_key_of(found) for found in nodes if isinstance(found, Scan))
+        self._shared: dict[int, Relation] = {}
+        self._uses_time = any(
+            isinstance(found, Windowed) or (isinstance(found, Join) and found.interval) for found in nodes
+        )
+        self._needs_order = any(
+            isinstance(found, Group) and any(call.is_ordered for _, call in found.aggregates) for found in nodes
+        )
+        self._scans = _needed_by_scan(nodes)
+
+    def compile(self, node: Node) -> Compiled:
+        """Returns the program of the node's result."""
+        result = self.relation(node)
+        names = self._options.renamed or result.columns
+        if self._options.renamed:
+            if len(names) != len(result.columns):
+                raise InvalidStatement(
+                    f"INSERT names {len(names)} columns, and the query has {len(result.columns)}", clause="INSERT"
+                )
+            result = _renamed(result, names)
+        output, view = self._output(result)
+        program = Program(
+            sources=tuple(self._sources.values()),
+            ops=tuple(self._ops),
+            output=output,
+            output_guard=result.guard,
+            states=tuple(info.table for info in self._states),
+            view=view,
+            expiries=tuple(self._expiries),
+            compactions=tuple(self._compactions),
+        )
+        inputs = tuple(
+            JobInput(
+                name=topic,
+                topic=topic,
+                columns=tuple(column for column in COLUMN_NAMES if column in needed),
+                has_watermark=any(source.watermark and source.input == topic for source in self._sources.values()),
+            )
+            for topic, needed in self._inputs.items()
+        )
+        return Compiled(
+            program=program,
+            inputs=inputs,
+            columns=result.columns,
+            key=result.key or (),
+            is_changelog=result.is_changelog,
+            state=tuple(self._states),
+            operators=tuple(self._operators),
+            fingerprint=hashlib.sha256(repr((program, inputs, self._options)).encode()).hexdigest()[:32],
+        )
+
+    # ---- nodes
+
+    def relation(self, node: Node) -> Relation:
+        """Returns the change of a node's rows. A node that is used twice is computed once."""
+        if id(node) in self._shared:
+            return self._shared[id(node)]
+        match node:
+            case Scan():
+                found = self._scan(node)
+            case Select():
+                found = self._select(node)
+            case Union():
+                found = self._union(node)
+            case _:
+                raise InvalidStatement(f"{type(node).__name__} is not supported in a continuous query")
+        if self._uses[id(node)] > 1 and not isinstance(node, Scan):
+            found = self._kept(found)
+        self._shared[id(node)] = found
+        return found
+
+    def _scan(self, node: Scan) -> Relation:
+        key = _key_of(node)
+        source = self._sources.get(key)
+        if source is None:
+            source = self._source(node, key)
+            self._sources[key] = source
+        self._operators.append(f"scan of topic {node.topic}" + (f" as table {node.table.name}" if node.table else ""))
+        hidden = [*_PLACE, *((TIME,) if self._needs_order else ())]
+        from_ = source.table or f"({source.decode})"
+        columns = tuple(column for column in node.columns if column in self._scans[key])
+        shown = ", ".join(quoted(name) for name in (*columns, *hidden))
+        return Relation(sql=f"SELECT {shown} FROM {from_}", columns=columns, hidden=tuple(hidden))
+
+    def _source(self, node: Scan, key: tuple[str, str]) -> SourceProgram:
+        needed = self._scans[key]
+        number = len(self._sources)
+        raw, table = f"raw_{list(dict.fromkeys([*self._inputs, node.topic])).index(node.topic)}", node.table
+        parts = [name for name in COLUMN_NAMES if name in needed or name in ("_partition", "_offset")]
+        place = [
+            f"{number} AS {quoted(INPUT)}",
+            f'"_partition" AS {quoted(PARTITION)}',
+            f'"_offset" AS {quoted(OFFSET)}',
+        ]
+        watermark = table.watermark if table is not None and self._uses_time else None
+        if self._needs_order:
+            time = quoted(table.watermark[0]) if table is not None and table.watermark else '"_timestamp"'
+            place.append(f"epoch_us({time}) AS {quoted(TIME)}")
+            if not (table is not None and table.watermark):
+                parts = [name for name in COLUMN_NAMES if name in {*parts, "_timestamp"}]
+        if table is None:
+            shown = [quoted(name) for name in parts if name in needed]
+            decode = f"SELECT {', '.join([*shown, *place])} FROM {raw}"
+            record_columns: Sequence[str] = parts
+        else:
+            fields = needed_columns(table, {name.lower() for name in needed})
+            hidden = [name for name in parts if name not in {column.name for column in table.columns}]
+            shown = [quoted(name) for name in needed if name not in COLUMN_NAMES] + [
+                quoted(name) for name in parts if name in needed
+            ]
+            inner = select_of(table, raw, fields, hidden)
+            decode = f"SELECT {', '.join([*sorted(shown), *place])} FROM ({inner})"
+            record_columns = record_columns_of(table, fields, hidden)
+        self._inputs.setdefault(node.topic, set()).update({*record_columns, "_partition", "_offset"})
+        counts = table is not None and table.bad_rows == "skip"
+        return SourceProgram(
+            name=table.name if table is not None else node.topic,
+            input=node.topic,
+            raw=raw,
+            topic=node.topic,
+            decode=decode,
+            table=f"in_{number}" if watermark or counts or self._reads[key] > 1 else "",
+            watermark=f"epoch_us({watermark[1]})" if watermark else "",
+            time=f"epoch_us({quoted(watermark[0])})" if watermark else "",
+            counts_bad_rows=counts,
+            partitions=self._topics[node.topic],
+        )
+
+    def _select(self, node: Select) -> Relation:
+        source = self.relation(node.source)
+        from_ = f"({source.sql})"
+        for name, lists in node.unnests:
+            from_ = f"(SELECT *, unnest({lists}) AS {quoted(name)} FROM {from_})"
+        rest = [quoted(name) for name in source.all_columns() if name not in source.columns]
+        items = [f"{sql} AS {quoted(name)}" for name, sql in node.items]
+        where = f" WHERE {node.where}" if node.where else ""
+        # A key that is still shown, under whichever name, still identifies a row.
+        shown = {sql: name for name, sql in reversed(node.items)}
+        key = None
+        if source.key is not None and not node.unnests and all(quoted(name) in shown for name in source.key):
+            key = tuple(shown[quoted(name)] for name in source.key)
+        return replace(
+            source,
+            sql=f"SELECT {', '.join([*items, *rest])} FROM {from_}{where}",
+            columns=node.columns,
+            key=key,
+            sort=tuple(shown[quoted(name)] for name in source.sort if quoted(name) in shown),
+        )
+
+    def _union(self, node: Union) -> Relation:
+        sides = [self.relation(source) for source in node.sources]
+        self._operators.append("union all")
+        names = sides[0].columns
+        hidden = [name for name in sides[0].hidden if all(name in side.hidden for side in sides)]
+        is_changelog = any(side.is_changelog for side in sides)
+        parts = []
+        for side in sides:
+            shown = [f"{quoted(own)} AS {quoted(name)}" for own, name in zip(side.columns, names, strict=True)]
+            shown += [quoted(name) for name in hidden]
+            if is_changelog:
+                shown.append(quoted(WEIGHT) if side.is_changelog else f"1 AS {quoted(WEIGHT)}")
+            parts.append(f"SELECT {', '.join(shown)} FROM ({side.sql})")
+        guards = {side.guard for side in sides}
+        return Relation(
+            sql=" UNION ALL ".join(parts),
+            columns=names,
+            hidden=tuple(hidden),
+            is_changelog=is_changelog,
+            guard=guards.pop() if len(guards) == 1 else None,
+        )
+
+    def _kept(self, relation: Relation) -> Relation:
+        """Returns the same change, computed once in a micro-batch."""
+        table = self._new("d")
+        self._make(table, relation.sql, relation.guard)
+        return replace(relation, sql=f"SELECT * FROM {table}")
+
+    # ---- result
+
+    def _output(self, result: Relation) -> tuple[str, str]:
+        """Returns the SELECT of the result's change, and that of the whole result if it is kept."""
+        shown = [quoted(name) for name in result.columns]
+        output = f"SELECT {', '.join(shown)} FROM ({result.sql})"
+        if not self._options.is_view:
+            return output, ""
+        state = self._new("v")
+        kept = replace(result, sql=f"SELECT * FROM {self._made(result)}")
+        self._ops.append(Op(sql=f"CREATE TABLE {state} AS {output} LIMIT 0", at_start=True))
+        output = f"SELECT {', '.join(shown)} FROM ({kept.sql})"
+        self._ops.append(Op(sql=f"INSERT INTO {state} {output}", guard=result.guard))
+        self._states.append(StateInfo(table=state, operator="result", holds="the rows of the view", bound=""))
+        return output, f"SELECT {', '.join(shown)} FROM {state}"
+
+    def _made(self, relation: Relation) -> str:
+        table = self._new("d")
+        self._make(table, relation.sql, relation.guard)
+        return table
+
+    # ---- statements
+
+    def _new(self, kind: str) -> str:
+        self._number += 1
+        return f"{kind}_{self._number - 1}"
+
+    def _make(self, table: str, sql: str, guard: Guard | None = None) -> None:
+        """Makes a table of this micro-batch. With a guard it is made once, filled when the guard lets it, and emptied
+        behind the micro-batch."""
+        if guard is None:
+            self._ops.append(Op(sql=f"CREATE OR REPLACE TEMP TABLE {table} AS {sql}"))
+            return
+        self._ops.append(Op(sql=f"CREATE TEMP TABLE {table} AS SELECT * FROM ({sql}) LIMIT 0", at_start=True))
+        self._ops.append(Op(sql=f"INSERT INTO {table} {sql}", guard=guard, fills=table))
+
+
+def _all_nodes(node: Node) -> list[Node]:
+    """Returns the nodes of a plan; one that is used twice comes twice."""
+    found: list[Node] = [node]
+    for source in sources_of(node):
+        found += _all_nodes(source)
+    return found
+
+
+def _key_of(node: Scan) -> tuple[str, str]:
+    """Returns what scans of the same decoded input have in common: the topic, and the table."""
+    return node.topic, node.table.name.lower() if node.table else ""
+
+
+def _needed_by_scan(nodes: Sequence[Node]) -> dict[tuple[str, str], frozenset[str]]:
+    needed: dict[tuple[str, str], frozenset[str]] = {}
+    for node in nodes:
+        if isinstance(node, Scan):
+            key = _key_of(node)
+            needed[key] = needed.get(key, frozenset()) | node.needed
+    return needed
+
+
+def _renamed(relation: Relation, names: Sequence[str]) -> Relation:
+    given = dict(zip(relation.columns, names, strict=True))
+    rest = [quoted(name) for name in relation.all_columns() if name not in relation.columns]
+    items = [f"{quoted(name)} AS {quoted(given[name])}" for name in relation.columns]
+    return replace(
+        relation,
+        sql=f"SELECT {', '.join([*items, *rest])} FROM ({relation.sql})",
+        columns=tuple(names),
+        key=tuple(given[name] for name in relation.key) if relation.key is not None else None,
+        sort=tuple(given[name] for name in relation.sort),
+    )
