@@ -241,8 +241,8 @@ class _OfSqlJob:
 @event_type
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SqlJobCreated(_OfSqlJob, Event):
-    """A continuous query was started. kind: view | sink | insert. `producer_id`: of what it writes; never another
-    producer's."""
+    """A continuous query was started. kind: view | sink | insert. `definitions`: of the tables that it names, as they
+    were then. `producer_id`: of what it writes; never another producer's."""
 
     job_id: str
     job: str
@@ -252,6 +252,7 @@ class SqlJobCreated(_OfSqlJob, Event):
     output_topic_id: str
     producer_id: int
     created_ms: int
+    definitions: tuple[str, ...] = ()
 
 
 @event_type

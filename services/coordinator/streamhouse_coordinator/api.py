@@ -116,7 +116,12 @@ class CoordinatorApi:
 
     async def create_sql_job(self, request: pb.CreateSqlJobRequest) -> pb.SqlJobInfo:
         view = await sql_jobs.create_sql_job(
-            self._clients, request.job, request.kind, request.statement, request.output_topic
+            self._clients,
+            request.job,
+            request.kind,
+            request.statement,
+            request.output_topic,
+            tuple(request.definitions),
         )
         return messages.sql_job_info(view)
 

@@ -2,6 +2,7 @@
 InvalidArgument."""
 
 import hashlib
+import json
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -343,6 +344,7 @@ def sql_job_info(view: JobView) -> pb.SqlJobInfo:
         checkpoint_number=lease.checkpoint_number,
         progress=progress if lease.reported_ms else None,
         reported_ms=lease.reported_ms,
+        definitions=json.loads(row.definitions),
     )
 
 

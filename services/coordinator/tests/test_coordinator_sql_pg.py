@@ -80,7 +80,9 @@ async def test_a_definition_has_a_limit(api: CoordinatorApi) -> None:
 
 async def create_job(api: CoordinatorApi, job: str = "copy", kind: str = "insert") -> pb.SqlJobInfo:
     return await api.create_sql_job(
-        pb.CreateSqlJobRequest(job=job, kind=kind, statement="INSERT INTO out SELECT 1", output_topic="out")
+        pb.CreateSqlJobRequest(
+            job=job, kind=kind, statement="INSERT INTO out SELECT 1", output_topic="out", definitions=[TEXT]
+        )
     )
 
 
@@ -150,7 +152,7 @@ async def test_a_job_needs_its_topic_and_a_name_of_its_own(api: CoordinatorApi) 
     topic = await api.create_topic(pb.CreateTopicRequest(topic="out", partitions=1))
     first = await create_job(api)
     assert (first.state, first.epoch, first.worker_id, first.kind) == ("running", 0, "", "insert")
-    assert first.output_topic_id == topic.topic_id
+    assert (first.output_topic_id, list(first.definitions)) == (topic.topic_id, [TEXT])
     with pytest.raises(JobExists):
         await create_job(api)
     second = await create_job(api, "other")
@@ -352,6 +354,7 @@ def test_journals_that_fill_a_message_are_granted_one_by_one() -> None:
             state="running",
             reason="",
             created_ms=0,
+            definitions="[]",
         )
         for name in "abc"
     ]

@@ -2778,6 +2778,7 @@ class SqlJobInfo(_message.Message):
     CHECKPOINT_NUMBER_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     REPORTED_MS_FIELD_NUMBER: _builtins.int
+    DEFINITIONS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     job: _builtins.str
     """name, in small letters"""
@@ -2807,6 +2808,12 @@ class SqlJobInfo(_message.Message):
     def progress(self) -> Global___SqlJobProgress:
         """as last reported; missing: never"""
 
+    @_builtins.property
+    def definitions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """CREATE TABLE statements of the tables that it names, as they were when the job was created: a table that is declared
+        anew changes no job.
+        """
+
     def __init__(
         self,
         *,
@@ -2827,10 +2834,11 @@ class SqlJobInfo(_message.Message):
         checkpoint_number: _builtins.int = ...,
         progress: Global___SqlJobProgress | None = ...,
         reported_ms: _builtins.int = ...,
+        definitions: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_number", b"checkpoint_number", "created_ms", b"created_ms", "epoch", b"epoch", "job", b"job", "job_id", b"job_id", "journal_number", b"journal_number", "kind", b"kind", "output_topic", b"output_topic", "output_topic_id", b"output_topic_id", "producer_id", b"producer_id", "progress", b"progress", "reason", b"reason", "reported_ms", b"reported_ms", "state", b"state", "statement", b"statement", "worker_address", b"worker_address", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_number", b"checkpoint_number", "created_ms", b"created_ms", "definitions", b"definitions", "epoch", b"epoch", "job", b"job", "job_id", b"job_id", "journal_number", b"journal_number", "kind", b"kind", "output_topic", b"output_topic", "output_topic_id", b"output_topic_id", "producer_id", b"producer_id", "progress", b"progress", "reason", b"reason", "reported_ms", b"reported_ms", "state", b"state", "statement", b"statement", "worker_address", b"worker_address", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2872,10 +2880,13 @@ class CreateSqlJobRequest(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     STATEMENT_FIELD_NUMBER: _builtins.int
     OUTPUT_TOPIC_FIELD_NUMBER: _builtins.int
+    DEFINITIONS_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     kind: _builtins.str
     statement: _builtins.str
     output_topic: _builtins.str
+    @_builtins.property
+    def definitions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -2883,10 +2894,11 @@ class CreateSqlJobRequest(_message.Message):
         kind: _builtins.str = ...,
         statement: _builtins.str = ...,
         output_topic: _builtins.str = ...,
+        definitions: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "kind", b"kind", "output_topic", b"output_topic", "statement", b"statement"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["definitions", b"definitions", "job", b"job", "kind", b"kind", "output_topic", b"output_topic", "statement", b"statement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -120,6 +120,7 @@ def _(event: ev.SqlJobCreated) -> RowOps:
         state="running",
         reason="",
         created_ms=event.created_ms,
+        definitions=json.dumps(event.definitions),
     )
     return (Put(t.SQL_JOBS, row),)
 

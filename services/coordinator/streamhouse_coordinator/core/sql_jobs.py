@@ -36,13 +36,15 @@ JOURNAL_ENTRIES_MAX = 10_000
 # The next holder gets the journal in one message; a quarter of the largest.
 JOURNAL_BYTES_MAX = 16 * 1024 * 1024
 REASON_CHARS_MAX = 4_000
+# Tables that a query names: each may have 256 Ki characters.
+DEFINITIONS_MAX = 20
 RESTORED = (
     "the metadata was restored from a backup, which does not say how far the job has come: drop the job, and create it "
     "again with an output topic of its own"
 )
 
 
-def check_create(job: str, kind: str, statement: str, output_topic: str) -> None:
+def check_create(job: str, kind: str, statement: str, output_topic: str, definitions: Sequence[str]) -> None:
     """Checks a new job. Raises InvalidArgument that names the field, its limit and the value."""
     check_sql_name("job", job)
     if kind not in KINDS:
@@ -51,6 +53,15 @@ def check_create(job: str, kind: str, statement: str, output_topic: str) -> None
         )
     check_text("statement", statement, DEFINITION_CHARS_MAX)
     check_topic(output_topic)
+    if len(definitions) > DEFINITIONS_MAX:
+        raise InvalidArgument(
+            f"definitions has {len(definitions)} tables, the limit is {DEFINITIONS_MAX}",
+            field="definitions",
+            value=len(definitions),
+            limit=DEFINITIONS_MAX,
+        )
+    for definition in definitions:
+        check_text("definitions", definition, DEFINITION_CHARS_MAX)
 
 
 def create(

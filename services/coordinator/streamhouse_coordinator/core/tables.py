@@ -224,6 +224,7 @@ class SqlJobRow:
     state: str
     reason: str
     created_ms: int
+    definitions: str  # JSON, a list of texts
 
 
 # ---- state

@@ -59,10 +59,12 @@ class ClaimedJobs:
     stop: list[tuple[str, int, str]]
 
 
-async def create_sql_job(context: Context, job: str, kind: str, statement: str, output_topic: str) -> JobView:
+async def create_sql_job(
+    context: Context, job: str, kind: str, statement: str, output_topic: str, definitions: tuple[str, ...]
+) -> JobView:
     """Creates a job, which a worker takes up with its next tick; returns the job. Raises InvalidArgument, UnknownTopic,
     JobExists, TableExists, Overloaded."""
-    sql_jobs.check_create(job, kind, statement, output_topic)
+    sql_jobs.check_create(job, kind, statement, output_topic, definitions)
     job_id = context.new_id().replace("-", "")
     # Allocated outside of the transaction, as for producers: an id that is not used after all costs nothing.
     producer_id = await context.store.next_producer_id()
@@ -81,6 +83,7 @@ async def create_sql_job(context: Context, job: str, kind: str, statement: str, 
             output_topic_id=topic.topic_id,
             producer_id=producer_id,
             created_ms=await tx.now_ms(),
+            definitions=definitions,
         )
         await tx.append([sql_jobs.create(asked, same_name, is_table, count, context.settings.sql_jobs_max)])
         await tx.apply([Put(t.SQL_JOB_LEASES, t.SqlJobLeaseRow(job_id=job_id, session_id="", epoch=0))])
