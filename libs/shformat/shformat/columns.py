@@ -97,17 +97,101 @@ class BytesColumn:
 
     def to_arrow(self) -> Any:
         """Returns a pyarrow binary array (large_binary from 2 GiB on) over the same data, not copied."""
-        try:
-            import pyarrow as pa
-        except ModuleNotFoundError as error:
-            raise MissingExtra("to_arrow()", "pyarrow", "arrow") from error
-
+        pa = _pyarrow("to_arrow()")
         large = len(self.data) > _ARROW_BINARY_BYTES_MAX
         offsets = np.zeros(len(self) + 1, np.int64 if large else np.int32)
         offsets[1:] = self.ends
         bitmap = None if self.valid is None else pa.py_buffer(np.packbits(self.valid, bitorder="little"))
         buffers = [bitmap, pa.py_buffer(offsets), pa.py_buffer(self.data)]
         return pa.Array.from_buffers(pa.large_binary() if large else pa.binary(), len(self), buffers)
+
+    @classmethod
+    def from_arrow(cls, array: Any) -> BytesColumn:
+        """Returns the column of a pyarrow Array or ChunkedArray of binary or string values, of whichever of Arrow's
+        layouts; text is UTF-8.
+
+        The data is not copied, unless the array has several chunks, a null over bytes, or a layout without one data
+        buffer (views, dictionaries, fixed sizes). Raises TypeError for values of another type, FormatError if the
+        array's offsets contradict its buffers, MissingExtra without pyarrow.
+        """
+        pa = _pyarrow("from_arrow()")
+        if isinstance(array, pa.ChunkedArray):
+            chunks = [cls.from_arrow(chunk) for chunk in array.chunks if len(chunk)]
+            return cls.concat(chunks) if len(chunks) != 1 else chunks[0]
+        if not isinstance(array, pa.Array):
+            raise TypeError(f"a pyarrow Array or ChunkedArray is needed, not a {type(array).__name__}")
+        if pa.types.is_null(array.type):
+            return cls.nulls(len(array))
+        if pa.types.is_dictionary(array.type):
+            array = array.dictionary_decode()
+        if not _is_bytes(pa, array.type):
+            raise TypeError(f"an array of {array.type} has no bytes: cast it to pyarrow.binary() or pyarrow.string()")
+        valid = None
+        if array.null_count:
+            valid = array.is_valid().to_numpy(zero_copy_only=False)
+        if not _has_data_buffer(pa, array.type):
+            array = array.cast(pa.large_binary())
+        column = cls(*_data_of(pa, array), valid)
+        if valid is not None and _covers_nulls(column.ends, valid):
+            column = cls(*_data_of(pa, array.cast(pa.large_binary()).fill_null(b"")), valid)
+        return column
+
+
+def _pyarrow(user: str) -> Any:
+    """Returns the module; it is an extra, and slow to import. Raises MissingExtra, which names `user`."""
+    try:
+        import pyarrow
+    except ModuleNotFoundError as error:
+        raise MissingExtra(user, "pyarrow", "arrow") from error
+    return pyarrow
+
+
+def _is_bytes(pa: Any, kind: Any) -> bool:
+    types = pa.types
+    return bool(
+        _has_data_buffer(pa, kind)
+        or types.is_fixed_size_binary(kind)
+        or types.is_binary_view(kind)
+        or types.is_string_view(kind)
+    )
+
+
+def _has_data_buffer(pa: Any, kind: Any) -> bool:
+    """Returns True for a layout of offsets and one data buffer."""
+    types = pa.types
+    return bool(
+        types.is_binary(kind) or types.is_string(kind) or types.is_large_binary(kind) or types.is_large_string(kind)
+    )
+
+
+def _data_of(pa: Any, array: Any) -> tuple[memoryview, Int64s]:
+    """Returns data and ends of an array of offsets and one data buffer. Raises FormatError."""
+    count = len(array)
+    if not count:  # such an array may have no buffers at all
+        return memoryview(b""), np.zeros(0, np.int64)
+    _, offsets_buffer, data_buffer = array.buffers()
+    data = memoryview(b"") if data_buffer is None else memoryview(data_buffer).cast("B")
+    large = pa.types.is_large_binary(array.type) or pa.types.is_large_string(array.type)
+    every: NDArray[Any] = np.frombuffer(offsets_buffer, np.int64 if large else np.int32)
+    offsets = every[array.offset : array.offset + count + 1]
+    # Arrow checks nothing of what it is given as buffers, say by a file: a wrong offset would be an end far away.
+    if len(offsets) <= count or offsets[0] < 0 or offsets[-1] > len(data) or (offsets[1:] < offsets[:-1]).any():
+        raise FormatError(f"the array's offsets do not lie in its {len(data)} bytes of data, in order")
+    first = int(offsets[0])
+    return data[first : int(offsets[-1])], offsets[1:].astype(np.int64) - first
+
+
+def _covers_nulls(ends: Int64s, valid: Bools) -> bool:
+    """Returns True if a null has a length, which Arrow allows."""
+    return bool((np.diff(ends, prepend=0)[~valid] != 0).any())
+
+
+def _repeated(column: BytesColumn, times: int) -> BytesColumn:
+    """Returns the values of a small column over and over."""
+    size_bytes = len(column.data)
+    starts = np.repeat(np.arange(times, dtype=np.int64) * size_bytes, len(column))
+    valid = None if column.valid is None else np.tile(column.valid, times)
+    return BytesColumn(bytes(column.data) * times, np.tile(column.ends, times) + starts, valid)
 
 
 def _concat_ends(columns: Sequence[tuple[Int64s, int]]) -> Int64s:
@@ -145,6 +229,42 @@ class HeadersColumn:
         return cls(np.cumsum(counts), names, BytesColumn.from_list([value for _, value in flat]))
 
     @classmethod
+    def constant(cls, count: int, headers: Sequence[Header]) -> HeadersColumn:
+        """Returns the column of `count` records that all have these headers.
+
+        Raises UnicodeEncodeError for a lone surrogate in a name.
+        """
+        one = cls.from_list([headers])
+        each = len(headers)
+        return cls(
+            np.arange(1, count + 1, dtype=np.int64) * each,
+            _repeated(one.names, count),
+            _repeated(one.values, count),
+        )
+
+    @classmethod
+    def of_columns(cls, columns: Sequence[tuple[str, BytesColumn]]) -> HeadersColumn:
+        """Returns the column of records that all have the same header names, at least one: each name with a column of
+        a value per record. A null is a header without a value.
+
+        Raises UnicodeEncodeError for a lone surrogate in a name, FormatError for columns of different lengths, and
+        MissingExtra for more than one name without pyarrow.
+        """
+        each, count = len(columns), len(columns[0][1])
+        for name, column in columns:
+            if len(column) != count:
+                raise FormatError(f"header {name!r} has {len(column)} values for {count} records")
+        if each == 1:
+            values = columns[0][1]
+        else:
+            # All of a name, then all of the next: taken in turns, record by record.
+            turns = np.arange(each * count).reshape(each, count).T.ravel()
+            values = BytesColumn.concat([column for _, column in columns])
+            values = BytesColumn.from_arrow(values.to_arrow().take(_pyarrow("of_columns()").array(turns)))
+        names = BytesColumn.from_list([name.encode() for name, _ in columns])
+        return cls(np.arange(1, count + 1, dtype=np.int64) * each, _repeated(names, count), values)
+
+    @classmethod
     def empty(cls, count: int) -> HeadersColumn:
         """Returns the column of `count` records without headers."""
         none = np.zeros(0, np.int64)
@@ -169,13 +289,34 @@ class HeadersColumn:
     def to_arrow(self, kind: Any) -> Any:
         """Returns a pyarrow list array of type `kind`: a list of structs of a name (string) and a value (binary). The
         values are not copied. Raises MissingExtra without pyarrow."""
+        pa = _pyarrow("to_arrow()")
         names, values = self.names.to_arrow(), self.values.to_arrow()
-        import pyarrow as pa
-
         offsets = np.zeros(len(self) + 1, np.int32)
         offsets[1:] = self.ends
         pairs = pa.StructArray.from_arrays([names.cast(pa.string()), values], fields=list(kind.value_type))
         return pa.ListArray.from_arrays(pa.array(offsets), pairs, type=kind)
+
+    @classmethod
+    def from_arrow(cls, array: Any) -> HeadersColumn:
+        """Returns the column of a pyarrow list array as `to_arrow` makes it, or of a map array; a null has no headers.
+        Raises TypeError for another type, FormatError for a null name, MissingExtra without pyarrow."""
+        pa = _pyarrow("from_arrow()")
+        if isinstance(array, pa.ChunkedArray):
+            chunks = [cls.from_arrow(chunk) for chunk in array.chunks if len(chunk)]
+            return cls.concat(chunks) if chunks else cls.empty(0)
+        kind = array.type
+        if pa.types.is_map(kind):
+            kind = pa.list_(pa.struct([kind.key_field, kind.item_field]))
+            array = array.cast(kind)
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        if not (is_list and pa.types.is_struct(kind.value_type) and kind.value_type.num_fields == 2):
+            raise TypeError(f"headers must be a list per record of structs of a name and a value, not {kind}")
+        # Lengths instead of offsets: flatten() leaves out what lies under nulls and outside of a slice.
+        counts = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        names, values = array.flatten().flatten()
+        if names.null_count:
+            raise FormatError("the name of a header is null")
+        return cls(np.cumsum(counts), BytesColumn.from_arrow(names), BytesColumn.from_arrow(values))
 
     @property
     def size_bytes(self) -> int:
