@@ -1,13 +1,15 @@
 """Numbered streams: SequencedWriter over the real cluster, with faults of the way to it."""
 
 import asyncio
-import random
 
+import numpy as np
+import pyarrow as pa
 import pytest
-from shformat import BytesColumn
+from shcluster.peers import Peers
+from shformat import BytesColumn, HeadersColumn, Records, decode_batch
 from shproto.errors import (
+    BatchTooLarge,
     InvalidArgument,
-    InvalidBatch,
     NotLeader,
     Overloaded,
     ProducerFenced,
@@ -63,8 +65,42 @@ async def test_large_writes_are_cut_and_sent_many_at_a_time(platform: Cluster, a
     async with sequenced_writer(address, "t", 0, producer_id=producer_id, producer_epoch=1, acks="wal") as writer:
         writer._batch_bytes = 10_000
         assert await writer.write(0, values, keys, timestamps_ms=TIMESTAMP_MS) == 299
-    assert len(await platform.batches()) == 100
+    assert len(await platform.batches()) == 100, "3 records of 3 kB each"
     assert [int(value or b"-1") for value in await platform.values()] == list(range(300))
+
+
+async def test_columns_of_arrow_arrays_are_written_as_they_are(
+    platform: Cluster, address: str, producer_id: int
+) -> None:
+    count = 1_000
+    values = pa.array([f"{number}" for number in range(count)])
+    keys = pa.array([None if number % 3 else b"k" for number in range(count)])
+    operations = [b"+I", b"-U", None, b""]
+    op = BytesColumn.from_list([operations[number % 4] for number in range(count)])
+    headers = HeadersColumn.of_columns([("op", op), ("n", BytesColumn.from_arrow(values))])
+    stamps = np.arange(TIMESTAMP_MS, TIMESTAMP_MS + count)
+    async with sequenced_writer(address, "t", 0, producer_id=producer_id, producer_epoch=1, acks="wal") as writer:
+        writer._batch_bytes = 10_000  # some 80 records, each with the two headers
+        await writer.write(
+            0, BytesColumn.from_arrow(values), BytesColumn.from_arrow(keys), headers=headers, timestamps_ms=stamps
+        )
+    batches = await platform.batches()
+    assert 10 < len(batches) < 20
+    records = Records.concat(list(map(decode_batch, batches)))
+    assert records.values.to_list() == [b"%d" % number for number in range(count)]
+    assert records.keys.to_list() == keys.to_pylist()
+    assert records.timestamps_ms.tolist() == stamps.tolist()
+    assert records.headers is not None
+    assert records.headers.to_list() == headers.to_list()
+
+
+async def test_records_without_bytes_are_cut_into_batches_too(
+    platform: Cluster, address: str, producer_id: int
+) -> None:
+    nulls = BytesColumn.nulls(70_000)
+    async with sequenced_writer(address, "t", 0, producer_id=producer_id, producer_epoch=1, acks="wal") as writer:
+        await writer.write(0, nulls, timestamps_ms=TIMESTAMP_MS)
+    assert len(await platform.batches()) == 3, "32 bytes each count for"
 
 
 @pytest.mark.parametrize("request_arrives", [True, False])
@@ -117,14 +153,24 @@ async def test_what_cannot_be_written_is_an_error_at_once(platform: Cluster, add
     async with sequenced_writer(address, "t", 0, producer_id=producer_id, producer_epoch=1, acks="wal") as writer:
         with pytest.raises(InvalidArgument, match="keys has 1 entries for 2 values"):
             await writer.write(0, numbers(0, 2), numbers(0, 1), timestamps_ms=TIMESTAMP_MS)
-        with pytest.raises(InvalidBatch):
-            too_large = BytesColumn.from_list([random.Random(1).randbytes(17 << 20)])
-            await writer.write(0, too_large, timestamps_ms=TIMESTAMP_MS)
+        with pytest.raises(BatchTooLarge, match="sequence 1 has 17825824 bytes"):
+            await writer.write(0, BytesColumn.from_list([b"0", bytes(17 << 20)]), timestamps_ms=TIMESTAMP_MS)
+        with pytest.raises(InvalidArgument, match="timestamp"):
+            await writer.write(0, numbers(0, 2), timestamps_ms=np.array([0, 1 << 60]))
+        with pytest.raises(InvalidArgument, match="a record has 257 headers"):
+            many = HeadersColumn.from_list([[("h", b"")], [("h", b"")] * 257])
+            await writer.write(0, numbers(0, 2), headers=many, timestamps_ms=TIMESTAMP_MS)
+        with pytest.raises(InvalidArgument, match="first_sequence is -1"):
+            await write(writer, -1, 2)
+        assert await there(platform) == [], "nothing is written of a call that cannot be done"
         await write(writer, 0, 2)
         await platform.recreate_topic("t", 1)
         with pytest.raises(UnknownTopic):
             for number in range(2, 10_000):  # until the agent has heard that the topic is gone
                 await write(writer, number, number + 1)
+    for wrong in (0, 17 << 20):
+        with pytest.raises(InvalidArgument, match="batch_bytes"):
+            SequencedWriter(Peers(address, 1000), "t", 0, producer_id=1, producer_epoch=1, batch_bytes=wrong)
     with pytest.raises(InvalidArgument, match="acks"):
         async with sequenced_writer(address, "t", 0, producer_id=producer_id, producer_epoch=1, acks="none"):
             pass

@@ -17,9 +17,23 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-from shformat import BytesColumn, Codec, FormatError, ProducerStamp, Records, encode_batch
+from numpy.typing import NDArray
+from shformat import (
+    DEFAULT_LIMITS,
+    TIMESTAMP_MS_MAX,
+    TIMESTAMP_MS_MIN,
+    BytesColumn,
+    Codec,
+    FormatError,
+    HeadersColumn,
+    ProducerStamp,
+    Records,
+    encode_batch,
+)
+from shformat.limits import INT64_MAX
 from shproto.acks import ACKS, Acks
 from shproto.errors import (
+    BatchTooLarge,
     Internal,
     InvalidArgument,
     InvalidBatch,
@@ -36,6 +50,8 @@ from shruntime.tasks import Backoff
 
 from shcluster.peers import Peers
 
+Int64s = NDArray[np.int64]
+
 # Batches that are sent before the first is answered: two group commits' worth on one partition.
 _IN_FLIGHT_MAX = 8
 # Longest wait of one try of a fence: a leader that is gone must not hold the call up for all of its time.
@@ -45,6 +61,11 @@ _ANSWER_GRACE_MS = 5_000
 # Errors after which the leader is asked by a fence, besides those that are retriable: it has changed, a batch before
 # was refused, or a call was cut off in the middle.
 _FENCE_AGAIN = (ProducerNotFenced, SequenceGap, Internal)
+# A record's or header's cost in a batch besides its bytes: lengths and timestamp, at most 30. So the records of a batch
+# of batch_bytes have a limit also where they are empty: 524,288 in the largest, half of record_count_max.
+_OVERHEAD_BYTES = 32
+# A record alone may fill a batch: the limit of the format, minus its header and tables.
+_RECORD_BYTES_MAX = DEFAULT_LIMITS.batch_bytes_max - 64 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +87,8 @@ class SequencedWriter:
     """Writer of one producer epoch to one partition.
 
     `producer_id` comes from InitProducer; `producer_epoch`, at least 1, is raised by each successor of a writer, which
-    must fence before it writes. `timeout_ms`: of a call in all, `batch_bytes`: cut of the records before compression.
+    must fence before it writes. `timeout_ms`: of a call in all. `batch_bytes`: size at which batches are cut, before
+    compression; a larger record has a batch of its own.
     """
 
     def __init__(
@@ -85,6 +107,14 @@ class SequencedWriter:
     ) -> None:
         if acks == "none":
             raise InvalidArgument("acks none acknowledges nothing", field="acks", value=acks, limit="wal, durable")
+        if not 1 <= batch_bytes <= DEFAULT_LIMITS.batch_bytes_max:
+            limit = f"1..{DEFAULT_LIMITS.batch_bytes_max}"
+            raise InvalidArgument(
+                f"batch_bytes is {batch_bytes}, must be 1 to {DEFAULT_LIMITS.batch_bytes_max}",
+                field="batch_bytes",
+                value=batch_bytes,
+                limit=limit,
+            )
         self._peers = peers
         self._topic = topic
         self._partition = partition
@@ -113,22 +143,27 @@ class SequencedWriter:
         values: BytesColumn,
         keys: BytesColumn | None = None,
         *,
-        timestamps_ms: "np.typing.NDArray[np.int64] | int",
+        headers: HeadersColumn | None = None,
+        timestamps_ms: Int64s | int,
     ) -> int:
         """Writes the records with the sequences from `first_sequence` on, those that are not in the partition yet;
         returns the offset of the last one, -1 if it was written before and others follow it.
 
+        The columns have an entry per record, and must not change before this returns; batches are views of them. A
+        record that no batch may hold is refused before any is sent, with InvalidArgument or BatchTooLarge.
         Raises ProducerFenced once a newer epoch has fenced; SequenceGap if records before `first_sequence` are missing
         (details: expected, from where to write again: an older leader's log was given up); and the errors of a call
         whose time is over: the next fence tells how much was written.
         """
-        records = _records(values, keys, timestamps_ms)
+        records = _records(values, keys, headers, timestamps_ms)
+        ends = _ends(records)
+        _check(self._where, first_sequence, records, ends)
         deadline_s, backoff = self._deadline_s(), Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         done, last_offset = 0, -1
         while done < len(records):
             error = None
             try:
-                async with aclosing(self._send(first_sequence, records, done, deadline_s)) as acknowledged:
+                async with aclosing(self._send(first_sequence, records, ends, done, deadline_s)) as acknowledged:
                     async for progress in acknowledged:
                         done, last_offset = progress
                         backoff.reset()
@@ -197,7 +232,7 @@ class SequencedWriter:
     # ---- sending
 
     async def _send(
-        self, first_sequence: int, records: Records, done: int, deadline_s: float
+        self, first_sequence: int, records: Records, ends: Int64s, done: int, deadline_s: float
     ) -> AsyncGenerator[tuple[int, int], None]:
         """Sends the records from the position `done` on, over one stream; yields the position behind each acknowledged
         batch, and the offset before that. Raises the error of the first batch that is refused."""
@@ -208,7 +243,7 @@ class SequencedWriter:
         bad: list[InvalidBatch] = []
 
         async def requests() -> AsyncIterator[ingest_pb2.ProduceRequest]:
-            for start, stop in _cuts(records, done, self._batch_bytes):
+            for start, stop in _cuts(ends, done, self._batch_bytes):
                 await room.acquire()
                 try:
                     request = self._request(first_sequence + start, records.slice(start, stop))
@@ -299,24 +334,78 @@ def _is_final(error: StreamHouseError) -> bool:
 
 
 def _records(
-    values: BytesColumn, keys: BytesColumn | None, timestamps_ms: "np.typing.NDArray[np.int64] | int"
+    values: BytesColumn,
+    keys: BytesColumn | None,
+    headers: HeadersColumn | None,
+    timestamps_ms: Int64s | int,
 ) -> Records:
+    """Returns the columns as records. Raises InvalidArgument for a column of another length."""
     count = len(values)
     if isinstance(timestamps_ms, int):
         timestamps_ms = np.full(count, timestamps_ms, np.int64)
     keys = BytesColumn.nulls(count) if keys is None else keys
-    for field, column in (("keys", keys), ("timestamps_ms", timestamps_ms)):
-        if len(column) != count:
+    for field, column in (("keys", keys), ("headers", headers), ("timestamps_ms", timestamps_ms)):
+        if column is not None and len(column) != count:
             raise InvalidArgument(
                 f"{field} has {len(column)} entries for {count} values", field=field, value=len(column), limit=count
             )
-    return Records(offsets=np.arange(count), timestamps_ms=timestamps_ms, keys=keys, values=values)
+    return Records(offsets=np.arange(count), timestamps_ms=timestamps_ms, keys=keys, values=values, headers=headers)
 
 
-def _cuts(records: Records, start: int, batch_bytes: int) -> Iterator[tuple[int, int]]:
+def _check(where: str, first_sequence: int, records: Records, ends: Int64s) -> None:
+    """Refuses records of which no batch can be made, so that nothing is written of a call that cannot be done.
+    Raises InvalidArgument, BatchTooLarge."""
+    if not 0 <= first_sequence <= INT64_MAX - len(records):
+        raise InvalidArgument(
+            f"first_sequence is {first_sequence}, must be 0 to {INT64_MAX - len(records)}",
+            field="first_sequence",
+            value=first_sequence,
+            limit=f"0..{INT64_MAX - len(records)}",
+        )
+    if not len(records):
+        return
+    stamps = records.timestamps_ms
+    for bad in (int(stamps.min()), int(stamps.max())):
+        if not TIMESTAMP_MS_MIN <= bad <= TIMESTAMP_MS_MAX:
+            raise InvalidArgument(
+                f"{where}: a timestamp is {bad} ms, must be {TIMESTAMP_MS_MIN} to {TIMESTAMP_MS_MAX}",
+                field="timestamps_ms",
+                value=bad,
+                limit=f"{TIMESTAMP_MS_MIN}..{TIMESTAMP_MS_MAX}",
+            )
+    if records.headers is not None:
+        most = int(np.diff(records.headers.ends, prepend=0).max())
+        if most > DEFAULT_LIMITS.headers_per_record_max:
+            limit = DEFAULT_LIMITS.headers_per_record_max
+            raise InvalidArgument(
+                f"{where}: a record has {most} headers, may have {limit}",
+                field="headers",
+                value=most,
+                limit=limit,
+            )
+    sizes = np.diff(ends, prepend=0)
+    at = int(sizes.argmax())
+    if sizes[at] > _RECORD_BYTES_MAX:
+        raise BatchTooLarge(
+            f"{where}: the record of sequence {first_sequence + at} has {sizes[at]} bytes, a record may have "
+            f"{_RECORD_BYTES_MAX}",
+            size_bytes=int(sizes[at]),
+            limit_bytes=_RECORD_BYTES_MAX,
+        )
+
+
+def _ends(records: Records) -> Int64s:
+    """Returns the bytes that the records up to each count for, the record included; int64, shape (n,)."""
+    ends = records.keys.ends + records.values.ends + np.arange(1, len(records) + 1) * _OVERHEAD_BYTES
+    if records.headers is not None and len(records.headers.names):
+        flat = np.concatenate([np.zeros(1, np.int64), records.headers.names.ends + records.headers.values.ends])
+        ends += flat[records.headers.ends] + records.headers.ends * _OVERHEAD_BYTES
+    return ends
+
+
+def _cuts(ends: Int64s, start: int, batch_bytes: int) -> Iterator[tuple[int, int]]:
     """Yields (start, stop) of batches of at most `batch_bytes`, or of a single record."""
-    ends = records.keys.ends + records.values.ends
-    while start < len(records):
+    while start < len(ends):
         before = int(ends[start - 1]) if start else 0
         stop = max(start + 1, int(np.searchsorted(ends, before + batch_bytes, side="right")))
         yield start, stop
