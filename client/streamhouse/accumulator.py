@@ -7,13 +7,14 @@ batch_bytes, or a single larger record.
 """
 
 import asyncio
-from collections.abc import Sequence
 
 from shformat import Header
 
+from streamhouse.core.arrow_records import ArrowRecords
 from streamhouse.core.options import ProducerOptions
 from streamhouse.core.partition_queue import SMALL_IN_FLIGHT_MAX, PartitionQueue
 from streamhouse.core.producer_batch import ProducerBatch
+from streamhouse.core.record_checks import Indices, RecordColumns
 from streamhouse.tracing import SendTrace, tracer
 
 
@@ -64,21 +65,15 @@ class RecordAccumulator:
         return batch, batch.append(value, key, headers, timestamp_ms, size_bytes), True
 
     def extend(
-        self,
-        queue: PartitionQueue,
-        values: Sequence[bytes | None],
-        keys: Sequence[bytes | None] | None,
-        headers: Sequence[tuple[Header, ...]] | None,
-        timestamps_ms: Sequence[int],
-        size_bytes: int,
+        self, queue: PartitionQueue, records: RecordColumns | ArrowRecords, indices: Indices, size_bytes: int
     ) -> tuple[ProducerBatch, int, bool]:
-        """Appends records that fit into a single batch. Returns their batch, the position of the first there, and True
-        if the batch was opened now."""
+        """Appends some of the records, which fit into a single batch. Returns their batch, the position of the first
+        there, and True if the batch was opened now."""
         batch = queue.open_batch
         opens = batch is None or batch.size_bytes + size_bytes > self._batch_bytes
         if batch is None or opens:
             batch = self._open(queue, self.deadline_ms())
-        return batch, batch.extend(values, keys, headers, timestamps_ms, size_bytes), opens
+        return batch, records.append_to(batch, indices, size_bytes), opens
 
     def deadline_ms(self) -> float:
         """Returns when a record sent now fails, on the event loop's clock."""

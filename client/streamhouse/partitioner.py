@@ -17,6 +17,7 @@ from shformat.murmur2 import partition_of, partitions_of
 from shproto.errors import UnknownPartition
 
 from streamhouse.accumulator import RecordAccumulator
+from streamhouse.core.arrow_records import ArrowRecords
 from streamhouse.core.options import PartitionFunction, partition_number
 from streamhouse.core.partition_queue import PartitionQueue
 from streamhouse.core.record_checks import RecordColumns
@@ -53,10 +54,10 @@ def choose(partitioner: PartitionFunction, topic: str, key: bytes | None, partit
 
 
 def choose_many(
-    partitioner: PartitionFunction, topic: str, records: RecordColumns, partitions: int
+    partitioner: PartitionFunction, topic: str, records: RecordColumns | ArrowRecords, partitions: int
 ) -> NDArray[np.int64]:
     """Returns the choice for each record, shape (n,); -1 where it is left to us. Raises the errors of `choose`."""
-    keys = records.keys if records.keys is not None else [None] * len(records.values)
+    keys = records.keys if records.keys is not None else [None] * len(records)
     choices = (choose(partitioner, topic, key, partitions) for key in keys)
     return np.fromiter((-1 if choice is None else choice for choice in choices), np.int64, len(keys))
 
@@ -124,7 +125,7 @@ class Partitioner:
         return 0
 
     def partitions(
-        self, records: RecordColumns, start: int, stop: int, chosen: NDArray[np.int64] | None = None
+        self, records: RecordColumns | ArrowRecords, start: int, stop: int, chosen: NDArray[np.int64] | None = None
     ) -> NDArray[np.int64]:
         """Returns the partitions of records start to stop, shape (stop - start,). chosen: for all records, -1 where the
         choice is ours."""
@@ -134,7 +135,7 @@ class Partitioner:
         ours = partitions < 0
         return np.where(ours, self._own_partitions(records, start, stop), partitions) if ours.any() else partitions
 
-    def _own_partitions(self, records: RecordColumns, start: int, stop: int) -> NDArray[np.int64]:
+    def _own_partitions(self, records: RecordColumns | ArrowRecords, start: int, stop: int) -> NDArray[np.int64]:
         keys = records.key_column(start, stop)
         if keys is None:
             return self._sticky_partitions(records.sizes[start:stop])

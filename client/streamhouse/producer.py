@@ -28,6 +28,7 @@ from shruntime.urls import addresses_of
 
 from streamhouse import tracing
 from streamhouse.accumulator import RecordAccumulator
+from streamhouse.core.arrow_records import ArrowRecords
 from streamhouse.core.buffer_pool import BufferPool
 from streamhouse.core.kafka_names import (
     explains_kafka_arguments,
@@ -292,7 +293,44 @@ class Producer(AsyncContext):
             values, keys, time.time_ns() // 1_000_000 if timestamps_ms is None else timestamps_ms, headers
         )
 
-    def choose_partitions(self, topic: str, records: RecordColumns) -> NDArray[np.int64] | None:
+    async def send_columns(
+        self,
+        topic: str,
+        values: Any,
+        keys: Any = None,
+        *,
+        timestamps_ms: Any = None,
+        headers: Any = None,
+        partition: int | None = None,
+    ) -> SendResult:
+        """Appends the records of pyarrow arrays, in the order given, and returns the future of `SentRecords`. No record
+        becomes a Python object. Waits while the buffer is full; needs the extra `arrow`.
+
+        values, keys: arrays of binary or text (UTF-8), also chunked. timestamps_ms: an array of timestamps or of
+        milliseconds, or one of `send`'s for all. headers: a dict of names to bytes (for all records) or arrays (an
+        entry per record), or an array of lists as `to_arrow()` of a batch has it. The arrays must not change until the
+        records are sent, as Arrow's never do.
+
+        Nothing is sent if any record is refused; raises the errors of `send`, with the record's position.
+        InvalidArgument if the producer has serializers: they take objects.
+        """
+        records = self.check_columns(values, keys, timestamps_ms, headers)
+        return SendResult(await self.append_many(topic, records, partition), loop=asyncio.get_running_loop())
+
+    def check_columns(self, values: Any, keys: Any, timestamps_ms: Any, headers: Any) -> ArrowRecords:
+        """Returns the checked records of a `send_columns`; safe from any thread. Raises TypeError, InvalidArgument,
+        BatchTooLarge, MissingExtra."""
+        if self._serializers is not None:
+            raise InvalidArgument(
+                "send_columns takes bytes, and this producer has a serializer for objects: use another producer",
+                field="key_serializer, value_serializer",
+                value="set",
+                limit="None",
+            )
+        now_ms = time.time_ns() // 1_000_000
+        return ArrowRecords.of(values, keys, now_ms if timestamps_ms is None else timestamps_ms, headers)
+
+    def choose_partitions(self, topic: str, records: RecordColumns | ArrowRecords) -> NDArray[np.int64] | None:
         """Returns the partitioner's choices for records of a topic that `knows`, -1 where it makes none; None without a
         partitioner; safe from any thread. Raises the errors of `choose_partition`."""
         partitioner = self._options.partitioner
@@ -303,7 +341,7 @@ class Producer(AsyncContext):
     async def append_many(
         self,
         topic: str,
-        records: RecordColumns,
+        records: RecordColumns | ArrowRecords,
         partition: int | None,
         chosen: NDArray[np.int64] | None = None,
         caller: trace.Span | None = None,
@@ -323,7 +361,7 @@ class Producer(AsyncContext):
                 await asyncio.sleep(0)  # the streams' turn
                 await self._take_room(int(records.sizes[start:stop].sum()), ticket)
                 placed.extend(self._place(target, records, start, stop, partition, chosen, caller))
-        return PlacedRecords(topic, len(records.values), placed)
+        return PlacedRecords(topic, len(records), placed)
 
     # ---- the end
 
@@ -467,7 +505,7 @@ class Producer(AsyncContext):
     def _place(
         self,
         target: Partitioner,
-        records: RecordColumns,
+        records: RecordColumns | ArrowRecords,
         start: int,
         stop: int,
         partition: int | None,
@@ -477,7 +515,7 @@ class Producer(AsyncContext):
         """Appends records start to stop, grouped by partition. Returns the batches and positions that they got."""
         if partition is not None:
             return self._extend(target.queues[partition], records, range(start, stop), caller)
-        if records.keys is None and chosen is None:
+        if not records.has_keys and chosen is None:
             queue = target.sticky_queue_for_all(int(records.sizes[start:stop].sum()))
             if queue is not None:  # grouping them would cost more than all the rest
                 return self._extend(queue, records, range(start, stop), caller)
@@ -493,7 +531,7 @@ class Producer(AsyncContext):
         ]
 
     def _extend(
-        self, queue: PartitionQueue, records: RecordColumns, indices: Indices, caller: trace.Span
+        self, queue: PartitionQueue, records: RecordColumns | ArrowRecords, indices: Indices, caller: trace.Span
     ) -> list[Placed]:
         """Appends records to one partition. Returns the batches and positions that they got. `indices` are ascending,
         so that the partition keeps the order given."""
@@ -502,7 +540,7 @@ class Producer(AsyncContext):
         placed = []
         for start, stop in cut(sizes, self._options.batch_bytes, begun):
             part = indices[start:stop]
-            batch, first, is_new = self._accumulator.extend(queue, *records.pick(part), int(sizes[start:stop].sum()))
+            batch, first, is_new = self._accumulator.extend(queue, records, part, int(sizes[start:stop].sum()))
             if batch.trace is not None:  # before the next part: the batch may be full and go
                 batch.trace.sent(first, caller)
             if is_new:

@@ -161,14 +161,14 @@ class RecordBatch:
                 pa.field("timestamp", pa.timestamp("ms", tz="UTC"), nullable=False),
                 pa.field("key", pa.binary()),
                 pa.field("value", pa.binary()),
-                pa.field("headers", _headers_type(pa), nullable=False),
+                pa.field("headers", headers_type(pa), nullable=False),
             ],
             metadata={"topic": self.topic, "partition": str(self.partition)},
         )
         timestamps = pa.array(self.timestamps, pa.int64()).cast(pa.timestamp("ms", tz="UTC"))
         headers = self.headers or HeadersColumn.empty(len(self))
         columns = [pa.array(self.offsets, pa.int64()), timestamps, self.keys.to_arrow(), self.values.to_arrow()]
-        return pa.RecordBatch.from_arrays([*columns, headers.to_arrow(_headers_type(pa))], schema=schema)
+        return pa.RecordBatch.from_arrays([*columns, headers.to_arrow(headers_type(pa))], schema=schema)
 
 
 def records_of(batches: Mapping[TopicPartition, Sequence[RecordBatch]]) -> dict[TopicPartition, list[Record]]:
@@ -176,5 +176,6 @@ def records_of(batches: Mapping[TopicPartition, Sequence[RecordBatch]]) -> dict[
     return {where: [record for batch in found for record in batch] for where, found in batches.items()}
 
 
-def _headers_type(pa: Any) -> Any:
+def headers_type(pa: Any) -> Any:
+    """Returns the Arrow type of a column of headers."""
     return pa.list_(pa.struct([pa.field("key", pa.string(), nullable=False), pa.field("value", pa.binary())]))

@@ -139,6 +139,11 @@ class SendTrace:
         """W3C traceparent of the first recorded span; empty if no span is recorded."""
         return next((traceparent_of(span) for span in self._spans.values() if span.is_recording()), "")
 
+    @property
+    def writes_headers(self) -> bool:
+        """True if records are given the contexts of their spans."""
+        return self._writes_headers
+
     def with_contexts(
         self, headers: list[tuple[Header, ...]] | None, count: int, size_bytes: int, size_bytes_max: int
     ) -> list[tuple[Header, ...]] | None:

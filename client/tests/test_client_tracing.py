@@ -4,6 +4,7 @@ import asyncio
 import sys
 import threading
 
+import pyarrow as pa
 import pytest
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -169,6 +170,14 @@ async def test_headers_can_be_switched_off(platform, address, traced):
         await producer.send_and_wait("t", b"a")
     assert await headers_in(platform) == [[]]
     assert contexts_in(platform) == [traceparent(traced.span("send t"))]
+
+
+async def test_columns_carry_the_contexts_too(platform, address, traced):
+    await platform.create_topic("t", 1)
+    async with Producer(address) as producer:
+        await producer.send_columns("t", pa.array([b"a", b"b"]), headers={"h": pa.array([b"1", None])})
+    context = ("traceparent", traceparent(traced.span("send t")).encode())
+    assert await headers_in(platform) == [[("h", b"1"), context], [("h", None), context]]
 
 
 async def test_what_is_not_sampled_leaves_no_trace(platform, address, unsampled):

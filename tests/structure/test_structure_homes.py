@@ -34,6 +34,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "prompt_toolkit": ("streamhouse_cli.sql_names", "streamhouse_cli.sql_shell"),
     "pyarrow": (
         "shformat.columns",
+        "streamhouse.core.arrow_records",
         "streamhouse.records",
         "streamhouse.sql",
         "streamhouse.sync.sql",

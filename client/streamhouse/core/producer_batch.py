@@ -11,7 +11,19 @@ from enum import Enum, auto
 from itertools import repeat
 from typing import Any, Protocol
 
-from shformat import DEFAULT_LIMITS, Codec, FormatError, Header, ProducerStamp, decode_batch, encode_batch, encode_lists
+import numpy as np
+from shformat import (
+    DEFAULT_LIMITS,
+    Codec,
+    FormatError,
+    Header,
+    HeadersColumn,
+    ProducerStamp,
+    Records,
+    decode_batch,
+    encode_batch,
+    encode_lists,
+)
 from shproto import errors
 
 # A record's cost in a batch besides its bytes (lengths, timestamp: at most 30), and in memory meanwhile (list entries);
@@ -72,6 +84,10 @@ class BatchTrace(Protocol):
     def traceparent(self) -> str:
         """W3C traceparent of the first recorded span; empty if no span is recorded."""
 
+    @property
+    def writes_headers(self) -> bool:
+        """True if records are given headers."""
+
     def sent(self, first: int, caller: Any) -> None:
         """Records that the records from position `first` on were sent in the span `caller`."""
 
@@ -93,6 +109,7 @@ class ProducerBatch:
         "_headers",
         "_is_encoded",
         "_keys",
+        "_parts",
         "_timestamps_ms",
         "_values",
         "_waiters",
@@ -120,6 +137,8 @@ class ProducerBatch:
         self.state = BatchState.OPEN
         self.record_count = 0
         self.size_bytes = 0  # that the records count for, before encoding
+        # Records that came as columns, and those before them; the lists have the records behind.
+        self._parts: list[Records] = []
         self._values: list[bytes | None] = []
         self._timestamps_ms: list[int] = []
         # None while no record has a key, or headers.
@@ -143,19 +162,19 @@ class ProducerBatch:
         self, value: bytes | None, key: bytes | None, headers: tuple[Header, ...], timestamp_ms: int, size_bytes: int
     ) -> int:
         """Appends a record. Returns the position in the batch."""
-        index = self.record_count
+        index, rows = self.record_count, len(self._values)
         self._values.append(value)
         self._timestamps_ms.append(timestamp_ms)
         if self._keys is not None:
             self._keys.append(key)
         elif key is not None:
             # The first key of the batch: the column begins now, so that batches without keys have none.
-            self._keys = [None] * index
+            self._keys = [None] * rows
             self._keys.append(key)
         if self._headers is not None:
             self._headers.append(headers)
         elif headers:
-            self._headers = [()] * index
+            self._headers = [()] * rows
             self._headers.append(headers)
         self.size_bytes += size_bytes
         self.record_count = index + 1
@@ -170,16 +189,16 @@ class ProducerBatch:
         size_bytes: int,
     ) -> int:
         """Appends many records. Returns the position of the first."""
-        index = self.record_count
+        index, rows = self.record_count, len(self._values)
         if keys is not None:
             if self._keys is None:
-                self._keys = [None] * index
+                self._keys = [None] * rows
             self._keys.extend(keys)
         elif self._keys is not None:
             self._keys.extend(repeat(None, len(values)))
         if headers is not None:
             if self._headers is None:
-                self._headers = [()] * index
+                self._headers = [()] * rows
             self._headers.extend(headers)
         elif self._headers is not None:
             self._headers.extend(repeat((), len(values)))
@@ -189,10 +208,30 @@ class ProducerBatch:
         self.record_count = index + len(values)
         return index
 
+    def extend_columns(self, records: Records, size_bytes: int) -> int:
+        """Appends many records that are columns already. Returns the position of the first."""
+        index = self.record_count
+        self._close_rows()
+        self._parts.append(records)
+        self.size_bytes += size_bytes
+        self.record_count = index + len(records)
+        return index
+
+    def _close_rows(self) -> None:
+        """Makes columns of the lists, if they hold any record."""
+        if self._values:
+            rows = Records.from_lists(self._values, self._keys, self._timestamps_ms, self._headers)
+            self._parts.append(rows)
+            self._values, self._timestamps_ms, self._keys, self._headers = [], [], None, None
+
     def encode(self, codec: Codec) -> bytes:
         """Returns the record batch under the present stamp. Raises InvalidBatch."""
         try:
-            if not self._is_encoded:
+            if not self._is_encoded and self._parts:
+                self._encoded = encode_batch(self._columns(), codec=codec, producer=self.stamp)
+                self._is_encoded = True
+                self._drop_records()
+            elif not self._is_encoded:
                 headers = self._headers
                 if self.trace is not None:
                     # Contexts only where they fit: a record that `send` accepted is sent in any case.
@@ -211,7 +250,25 @@ class ProducerBatch:
         self._encoded_stamp = self.stamp
         return self._encoded
 
+    def _columns(self) -> Records:
+        """Returns all records of a batch that holds columns."""
+        self._close_rows()
+        records = Records.concat(self._parts)
+        headers = records.headers
+        if self.trace is not None and self.trace.writes_headers:
+            pairs = None if headers is None else list(map(tuple, headers.to_list()))
+            with_contexts = self.trace.with_contexts(pairs, self.record_count, self.size_bytes, RECORD_BYTES_MAX)
+            headers = None if with_contexts is None else HeadersColumn.from_list(with_contexts)
+        return Records(
+            offsets=np.arange(self.record_count),  # each part counts from 0
+            timestamps_ms=records.timestamps_ms,
+            keys=records.keys,
+            values=records.values,
+            headers=headers,
+        )
+
     def _drop_records(self) -> None:
+        self._parts = []
         self._values, self._timestamps_ms, self._keys, self._headers = [], [], None, None
 
     @property

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from shformat import DEFAULT_LIMITS, TIMESTAMP_MS_MAX, TIMESTAMP_MS_MIN, BytesColumn, Header
 from shproto.errors import BatchTooLarge, InvalidArgument
 
-from streamhouse.core.producer_batch import RECORD_BYTES_MAX, RECORD_OVERHEAD_BYTES
+from streamhouse.core.producer_batch import RECORD_BYTES_MAX, RECORD_OVERHEAD_BYTES, ProducerBatch
 from streamhouse.core.times import ms_of
 
 Bytes = bytes | bytearray | memoryview
@@ -95,17 +95,27 @@ class RecordColumns:
             checked = [_headers_of(f"headers[{at}]", item) if item else ((), 0) for at, item in enumerate(headers)]
             own_headers = [pairs for pairs, _ in checked]
             sizes += np.fromiter((size_bytes for _, size_bytes in checked), np.int64, count)
-        if count and int(sizes.max()) > RECORD_BYTES_MAX:
-            position = int(np.argmax(sizes))
-            raise _too_large(f"record {position}", int(sizes[position]))
+        check_sizes(sizes)
         return cls(
             values=own_values,
             keys=own_keys,
-            timestamps_ms=_timestamps_of(timestamps_ms, count),
+            timestamps_ms=timestamps_of(timestamps_ms, count),
             headers=own_headers,
             sizes=sizes,
             key_sizes=key_sizes,
         )
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def has_keys(self) -> bool:
+        """True if a list of keys was given."""
+        return self.keys is not None
+
+    def append_to(self, batch: ProducerBatch, indices: Indices, size_bytes: int) -> int:
+        """Appends some records to a batch, which has room for them. Returns the position of the first there."""
+        return batch.extend(*self.pick(indices), size_bytes)
 
     def key_column(self, start: int, stop: int) -> BytesColumn | None:
         """Returns the keys of records start to stop; None if no list of keys was given."""
@@ -155,6 +165,13 @@ def cut(sizes: NDArray[np.int64], limit: int, begun: int = 0) -> Iterator[tuple[
         stop = max(stop, start + 1)
         yield start, stop
         start, floor, begun = stop, int(totals[stop - 1]), 0
+
+
+def check_sizes(sizes: NDArray[np.int64]) -> None:
+    """Refuses records of which one is too large. Raises BatchTooLarge with the position."""
+    if len(sizes) and int(sizes.max()) > RECORD_BYTES_MAX:
+        position = int(np.argmax(sizes))
+        raise _too_large(f"record {position}", int(sizes[position]))
 
 
 def count_of(name: str, column: Sequence[Any]) -> int:
@@ -240,7 +257,9 @@ def _timestamp_of(name: str, timestamp_ms: int | datetime) -> int:
     return number
 
 
-def _timestamps_of(timestamps_ms: int | datetime | Sequence[int | datetime], count: int) -> NDArray[np.int64]:
+def timestamps_of(timestamps_ms: int | datetime | Sequence[int | datetime], count: int) -> NDArray[np.int64]:
+    """Returns the milliseconds of `count` records, of one moment for all or a list. Raises TypeError,
+    InvalidArgument."""
     single = isinstance(timestamps_ms, datetime | SupportsIndex) and not isinstance(timestamps_ms, np.ndarray)
     if single:
         return np.full(count, _timestamp_of("timestamps_ms", cast("int | datetime", timestamps_ms)), np.int64)

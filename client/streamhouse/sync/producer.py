@@ -30,6 +30,7 @@ from shproto.rpc import Interceptors
 
 from streamhouse import producer, tracing
 from streamhouse.background import BACKGROUND
+from streamhouse.core.arrow_records import ArrowRecords
 from streamhouse.core.kafka_names import (
     explains_kafka_arguments,
     explains_kafka_methods,
@@ -334,7 +335,24 @@ class Producer(PlainContext):
         """Accepts many records, in the order given, and returns their result; waits while the buffer is full.
         `result()` of the result waits for the acknowledgements. Raises as `send` does."""
         self._must_be_open()
-        records = self._inner.check_many(topic, values, keys, timestamps_ms, headers)
+        return self._accept(topic, self._inner.check_many(topic, values, keys, timestamps_ms, headers), partition)
+
+    def send_columns(
+        self,
+        topic: str,
+        values: Any,
+        keys: Any = None,
+        *,
+        timestamps_ms: Any = None,
+        headers: Any = None,
+        partition: int | None = None,
+    ) -> SendResult:
+        """Accepts the records of pyarrow arrays, as the `send_columns` of `streamhouse.Producer` does, and returns
+        their result; waits while the buffer is full. Raises as `send` does."""
+        self._must_be_open()
+        return self._accept(topic, self._inner.check_columns(values, keys, timestamps_ms, headers), partition)
+
+    def _accept(self, topic: str, records: RecordColumns | ArrowRecords, partition: int | None) -> SendResult:
         chosen: NDArray[np.int64] | None = None
         if partition is None and self._partitioner is not None:
             # In this thread, not in the loop's: the application's partitioner may take its time.
@@ -349,7 +367,7 @@ class Producer(PlainContext):
     async def _append_many(
         self,
         topic: str,
-        records: RecordColumns,
+        records: RecordColumns | ArrowRecords,
         partition: int | None,
         chosen: NDArray[np.int64] | None,
         caller: trace.Span,
