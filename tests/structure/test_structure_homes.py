@@ -32,6 +32,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "polars": ("streamhouse.sql", "streamhouse.sync.sql"),
     "prometheus_client": ("shruntime.metrics_page",),
     "prompt_toolkit": ("streamhouse_cli.sql_names", "streamhouse_cli.sql_shell"),
+    "ptars": ("streamhouse_sql.protobuf",),
     "pyarrow": (
         "shformat.columns",
         "streamhouse.core.arrow_records",

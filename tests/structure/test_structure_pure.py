@@ -74,6 +74,7 @@ ALSO: Mapping[str, set[str]] = {
     "shformat.columns": {"pyarrow"},
     "shformat.compression": {"lz4.block", "threading", "zstandard"},
     "shformat.inspect": {"uuid"},
+    "streamhouse_sql.core.protobuf_schema": {"base64", "binascii", "google.protobuf", "google.protobuf.message"},
     "streamhouse_sql.pgwire.core.arguments": {"datetime", "decimal", "uuid"},
 }
 # Libraries that all modules of a package compute with: the parser of SQL.

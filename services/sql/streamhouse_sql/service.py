@@ -356,7 +356,7 @@ class SqlService:
             known = self._catalog.tables() if tables is None else tables
             bound = await self._bind(query, known, parameters, all_columns=True)
             for scan in bound.scans:
-                run.engine.add_table(scan.name, run.sources.table((), scan.columns))
+                run.engine.add_table(scan.name, run.sources.table((), scan))
             try:
                 await run.in_thread(lambda: run.engine.columns(bound.sql, bound.values))
             except InvalidStatement as error:
@@ -473,7 +473,7 @@ class _Run:
         oldest_ms: dict[str, int | None] = {}
         for scan in bound.scans:
             oldest_ms[scan.name] = await self.in_thread(self._oldest_needed(scan))
-            table = self.sources.table(snapshot.ranges(scan, oldest_ms[scan.name]), scan.columns)
+            table = self.sources.table(snapshot.ranges(scan, oldest_ms[scan.name]), scan)
             self.engine.add_table(scan.name, table)
         return snapshot, oldest_ms
 

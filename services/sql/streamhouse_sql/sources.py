@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +23,8 @@ from shruntime.tasks import cancel_and_wait
 
 from streamhouse_sql import telemetry
 from streamhouse_sql.arrow import schema_of, to_arrow
+from streamhouse_sql.core.binding import TopicScan
+from streamhouse_sql.decoding import decode_table, decoded_schema
 
 # The batch that DuckDB works on comes on top: reading, decoding and computing overlap, and memory stays at some steps.
 FEED_STEPS = 2
@@ -49,19 +52,23 @@ class Sources:
         self.counts = ScanCounts()
         self.error: BaseException | None = None
 
-    def table(self, ranges: Sequence[ScanRange], columns: Sequence[str]) -> Table:
-        """Returns a table of these ranges. Its methods are for DuckDB's threads."""
+    def table(self, ranges: Sequence[ScanRange], topic: TopicScan) -> Table:
+        """Returns a table of these ranges of a scan. Its methods are for DuckDB's threads."""
         loop = asyncio.get_running_loop()
-        names = tuple(columns) or ("_offset",)  # count(*) names none
+        names = topic.columns or ("_offset",)  # count(*) names none
+        decode = None if topic.table is None else partial(decode_table, topic.table, columns=topic.fields)
 
         async def open_feed() -> _Feed:
             if self._is_closed:
                 raise asyncio.CancelledError
-            feed = _Feed(self._batches(ranges, names))
+            feed = _Feed(self._batches(ranges, names, decode))
             self._feeds.append(feed)
             return feed
 
-        return Table(schema_of(names), open_feed, loop)
+        schema = schema_of(names)
+        if topic.table is not None:
+            schema = decoded_schema(topic.table, schema, topic.fields)
+        return Table(schema, open_feed, loop)
 
     async def close(self) -> None:
         """Ends all feeds."""
@@ -69,7 +76,9 @@ class Sources:
         feeds, self._feeds = self._feeds, []
         await cancel_and_wait(*(feed.task for feed in feeds))
 
-    async def _batches(self, ranges: Sequence[ScanRange], columns: Sequence[str]) -> AsyncGenerator[list[Any]]:
+    async def _batches(
+        self, ranges: Sequence[ScanRange], columns: Sequence[str], decode: Callable[[Any], Any] | None
+    ) -> AsyncGenerator[list[Any]]:
         loop = asyncio.get_running_loop()
         try:
             for wanted in ranges:
@@ -77,7 +86,7 @@ class Sources:
                     size_bytes = sum(map(len, batches))
                     self.counts.size_bytes += size_bytes
                     telemetry.bytes_scanned.add(size_bytes)
-                    decoded = await loop.run_in_executor(self._decoders, _decode, wanted, batches, columns)
+                    decoded = await loop.run_in_executor(self._decoders, _decode, wanted, batches, columns, decode)
                     records = sum(batch.num_rows for batch in decoded)
                     self.counts.records += records
                     telemetry.records_scanned.add(records)
@@ -139,8 +148,11 @@ class _Feed:
         return None
 
 
-def _decode(wanted: ScanRange, batches: Sequence[bytes], columns: Sequence[str]) -> list[Any]:
-    """Returns the records of the range as `pyarrow.RecordBatch`es. Raises DataLoss, StatementFailed."""
+def _decode(
+    wanted: ScanRange, batches: Sequence[bytes], columns: Sequence[str], decode: Callable[[Any], Any] | None
+) -> list[Any]:
+    """Returns the records of the range as `pyarrow.RecordBatch`es, their values decoded by `decode`. Raises DataLoss,
+    StatementFailed, StatementLimit."""
     decoded = []
     for group in _groups(batches):
         try:
@@ -153,7 +165,8 @@ def _decode(wanted: ScanRange, batches: Sequence[bytes], columns: Sequence[str])
             ) from error
         records = _within(records, wanted)
         if len(records):
-            decoded.append(to_arrow(wanted.topic, wanted.partition.partition, records, columns))
+            batch = to_arrow(wanted.topic, wanted.partition.partition, records, columns)
+            decoded.append(batch if decode is None else decode(batch))
     return decoded
 
 

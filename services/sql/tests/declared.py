@@ -10,7 +10,14 @@ import pyarrow as pa
 from streamhouse_sql.adapters.duck import Duck, DuckLimits
 from streamhouse_sql.arrow import schema_of
 from streamhouse_sql.core.statement import CreateTable, parse
-from streamhouse_sql.core.tables import TableDefinition, needed_columns, record_columns_of, select_of
+from streamhouse_sql.core.tables import (
+    TableDefinition,
+    decodes_in_arrow,
+    needed_columns,
+    record_columns_of,
+    select_of,
+)
+from streamhouse_sql.decoding import decode_table, decoded_schema
 
 
 def definition(text: str) -> TableDefinition:
@@ -58,7 +65,13 @@ def rows_of(
         DuckLimits(memory_bytes_max=1 << 30, temp_dir=Path("/nowhere"), temp_bytes_max=1 << 20, threads=threads)
     )
     try:
-        engine.add_table("scan", pa.Table.from_batches([records(values, scanned, keys=keys, partitions=partitions)]))
+        scan = records(values, scanned, keys=keys, partitions=partitions)
+        if decodes_in_arrow(table):
+            schema = decoded_schema(table, scan.schema, columns)
+            scan = decode_table(table, scan, columns)
+            assert scan.schema == schema
+            scan.validate(full=True)
+        engine.add_table("scan", pa.Table.from_batches([scan]))
         query = select_of(table, "scan", columns, ["_offset"], is_upsert=is_upsert)
         _, batches = engine.result(f"SELECT * FROM ({query})", 2048)
         found = [row for batch in batches for row in zip(*(c.to_pylist() for c in batch.columns), strict=True)]

@@ -19,7 +19,14 @@ from sqlglot.optimizer.scope import Scope, traverse_scope
 from streamhouse_sql.core.columns import COLUMN_NAMES
 from streamhouse_sql.core.parameters import Parameters, parameter_edits, with_values
 from streamhouse_sql.core.statement import DIALECT, Query
-from streamhouse_sql.core.tables import TableDefinition, needed_columns, record_columns_of, select_of
+from streamhouse_sql.core.tables import (
+    TableColumn,
+    TableDefinition,
+    decodes_in_arrow,
+    needed_columns,
+    record_columns_of,
+    select_of,
+)
 from streamhouse_sql.core.windows import ADDED
 
 # DuckDB's own dialect, in which it runs.
@@ -70,12 +77,15 @@ class Pushdown:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopicScan:
-    """A topic as a FROM or JOIN of a query reads it. `name`: of the table that stands for it in the bound SQL."""
+    """A topic as a FROM or JOIN of a query reads it. `name`: of the table that stands for it in the bound SQL. `table`,
+    `fields`: the declared table whose values are decoded before the engine, and its columns that are needed."""
 
     name: str
     topic: str
     columns: tuple[str, ...]
     pushdown: Pushdown = field(default_factory=Pushdown)
+    table: TableDefinition | None = None
+    fields: tuple[TableColumn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +153,7 @@ def _bind(
             needed = None if renamed else named
             found = _found(source, topics, tables)
             if isinstance(found, str):
-                topic, written = found, name
+                topic, written, fields = found, name, []
                 columns = tuple(column for column in COLUMN_NAMES if needed is None or column in needed)
             else:
                 topic = found.topic
@@ -158,7 +168,16 @@ def _bind(
                 written = f"({select_of(found, name, fields, hidden)})"
                 columns = tuple(record_columns_of(found, fields, hidden))
             edits.append(_edit(query.text, source, written))
-            scans.append(TopicScan(name=name, topic=topic, columns=columns, pushdown=pushdown))
+            scans.append(
+                TopicScan(
+                    name=name,
+                    topic=topic,
+                    columns=columns,
+                    pushdown=pushdown,
+                    table=None if isinstance(found, str) or not decodes_in_arrow(found) else found,
+                    fields=tuple(fields),
+                )
+            )
     _check_functions(query.tree)
     _check_all_bound(query.tree, bound)
     return BoundQuery(_edited(query.text, edits), tuple(scans), parameters.named())

@@ -13,16 +13,20 @@ from dataclasses import dataclass
 from shproto.errors import InvalidStatement
 from sqlglot import exp
 
-from streamhouse_sql.core import csv_rows
+from streamhouse_sql.core import csv_rows, protobuf_schema
 from streamhouse_sql.core.columns import RECORD_COLUMNS
 from streamhouse_sql.core.csv_rows import CsvOptions, csv_options, is_malformed, lines_of, text_of
 from streamhouse_sql.core.dialect import StreamHouse
+from streamhouse_sql.core.protobuf_schema import ProtobufSchema
+from streamhouse_sql.core.shapes import Shape, shape_of
 
-FORMATS = ("json", "text", "csv")
+FORMATS = ("json", "text", "csv", "protobuf")
+# Decoded to Arrow before the engine; the others by SQL.
+BINARY_FORMATS = ("protobuf",)
 # Fate of a record whose value does not parse, or does not fit its columns.
 BAD_ROWS = ("fail", "skip")
 # Options that one format has.
-FORMAT_OPTIONS = dict.fromkeys(csv_rows.OPTIONS, "csv")
+FORMAT_OPTIONS = dict.fromkeys(csv_rows.OPTIONS, "csv") | dict.fromkeys(protobuf_schema.OPTIONS, "protobuf")
 COLUMNS_MAX = 1_000
 # Names of METADATA columns: Kafka's connector for Flink calls the parts of a record so.
 METADATA = {
@@ -64,6 +68,7 @@ class TableDefinition:
     text: str
     primary_key: tuple[str, ...] = ()
     csv: CsvOptions | None = None
+    schema: ProtobufSchema | None = None
 
     def column(self, name: str) -> TableColumn | None:
         """Returns the column, or None; case does not matter."""
@@ -106,7 +111,7 @@ def define(tree: exp.Create) -> TableDefinition:
             clause = part.sql(StreamHouse)
             raise InvalidStatement(f"{clause} is not supported in CREATE TABLE", clause=clause)
     _check_columns(columns, options["format"])
-    return TableDefinition(
+    definition = TableDefinition(
         name=name,
         topic=options["topic"],
         format=options["format"],
@@ -116,7 +121,11 @@ def define(tree: exp.Create) -> TableDefinition:
         text=tree.sql(StreamHouse),
         primary_key=() if key is None else _primary_key(key, columns),
         csv=csv_options(options) if options["format"] == "csv" else None,
+        schema=protobuf_schema.protobuf_schema(options) if options["format"] == "protobuf" else None,
     )
+    if definition.schema is not None:
+        protobuf_schema.project(definition.schema, shapes_of(definition.fields))
+    return definition
 
 
 def _refuse_clauses(tree: exp.Create) -> None:
@@ -286,7 +295,8 @@ def _watermark(node: exp.WatermarkColumnConstraint, columns: Sequence[TableColum
 
 # ---- reading
 
-# Names that no declared column has: they have blanks.
+# Names that no declared column has: they have blanks. BAD: of rows whose value could not be decoded before the engine.
+BAD = "value is bad"
 _ROW = '"row of the value"'
 _IS_TOMBSTONE = '"value is null"'
 
@@ -308,15 +318,10 @@ def record_columns_of(table: TableDefinition, columns: Sequence[TableColumn], hi
     """Returns the parts of the record that a scan decodes for these columns. `hidden`: those that a query names
     itself."""
     wanted = {*hidden, *(column.metadata for column in columns if column.metadata)}
-    if checked_fields(table, columns) or table.format == "csv":  # a value of CSV may be several rows
-        wanted |= {"_value", "_partition", "_offset"}  # the last two say where a bad value is
-    if table.primary_key:
-        wanted |= {
-            "_value",
-            "_partition",
-            "_offset",
-            *(_key_column(table, name).metadata for name in table.primary_key),
-        }
+    if checked_fields(table, columns) or table.csv or table.primary_key:  # a value of CSV may be several rows
+        # The last two say where a bad value is.
+        wanted |= {"_value_bytes" if decodes_in_arrow(table) else "_value", "_partition", "_offset"}
+    wanted |= {_key_column(table, name).metadata for name in table.primary_key}
     if "_value" in wanted and _is_cast_here(table):
         wanted = wanted - {"_value"} | {"_value_bytes"}
     return [column.name for column in RECORD_COLUMNS if column.name in wanted]
@@ -330,6 +335,21 @@ def checked_fields(table: TableDefinition, columns: Sequence[TableColumn]) -> li
     return [column for column in table.fields if column in columns or column.name in table.primary_key]
 
 
+def decodes_in_arrow(table: TableDefinition) -> bool:
+    """Returns True if the values are decoded to Arrow columns before the engine, under the names of `field_of`."""
+    return table.format in BINARY_FORMATS
+
+
+def field_of(name: str) -> str:
+    """Returns the Arrow column of a decoded field."""
+    return f"field {name}"
+
+
+def shapes_of(fields: Sequence[TableColumn]) -> list[tuple[str, Shape]]:
+    """Returns names and shapes of fields."""
+    return [(column.name, shape_of(column.type)) for column in fields]
+
+
 def _key_column(table: TableDefinition, name: str) -> TableColumn:
     column = table.column(name)
     assert column is not None, "checked where the table was defined"
@@ -339,7 +359,7 @@ def _key_column(table: TableDefinition, name: str) -> TableColumn:
 def _is_cast_here(table: TableDefinition) -> bool:
     """Returns True if the scan hands over the value's bytes: a text that is not UTF-8 would end the scan, and here its
     row is left out."""
-    return table.bad_rows == "skip" and bool(table.fields or table.primary_key)
+    return table.bad_rows == "skip" and not decodes_in_arrow(table) and bool(table.fields or table.primary_key)
 
 
 def select_of(
@@ -378,7 +398,8 @@ def select_of(
     where = "" if bad == "false" else f" WHERE {_unless(table, bad)}"
     rows = relation_of(table, scan, fields, is_numbered=is_upsert)
     if is_upsert:
-        values.append(f'"_value" IS NULL AS {_IS_TOMBSTONE}')
+        value = '"_value_bytes"' if decodes_in_arrow(table) else '"_value"'
+        values.append(f"{value} IS NULL AS {_IS_TOMBSTONE}")
     if values:
         rows = f"(SELECT *, {', '.join(values)} FROM {rows}{where})"
         where = ""
@@ -412,6 +433,8 @@ def value_of(table: TableDefinition, column: TableColumn) -> str:
         return '"_value"'
     if table.csv is not None:
         return f"TRY_CAST({text_of(column.name)} AS {column.type})"
+    if decodes_in_arrow(table):
+        return f'TRY_CAST("{field_of(column.name)}" AS {column.type})'
     return f'{_ROW}."{column.name}"'
 
 
@@ -427,6 +450,10 @@ def bad_of(table: TableDefinition, fields: Sequence[TableColumn]) -> str:
             text, value = text_of(column.name), value_of(table, column)
             if column.type not in ("TEXT", "VARCHAR"):
                 reasons.append(f"({text} IS NOT NULL AND {value} IS NULL)")
+    elif decodes_in_arrow(table) and fields:
+        reasons.append(f'"{BAD}"')
+        for column in fields:
+            reasons.append(f'("{field_of(column.name)}" IS NOT NULL AND {value_of(table, column)} IS NULL)')
     elif table.format == "json" and fields:
         reasons.append(_is_bad_json(fields))
     for column in fields:
