@@ -86,11 +86,13 @@ async def run(
     *,
     call_grace_ms: int,
     calls_end_first: bool = False,
+    on_serving: Callable[[str], None] = lambda address: None,
 ) -> None:
     """Runs one service until SIGINT or SIGTERM, then drains. `build` returns the service over its peers, without I/O.
 
     call_grace_ms: how long calls that still run may take at the end. calls_end_first: True ends them before the service
-    stops; by default the service stops first, since it answers calls that wait and hands over its work.
+    stops; by default the service stops first, since it answers calls that wait and hands over its work. on_serving:
+    called with the address on which the server listens, once the service has started.
 
     Raises SettingsError, or the error that ended the process: ListenError, an error of the service's start, or the
     failure of a part.
@@ -117,7 +119,7 @@ async def run(
         try:
             # In the background, so that a stop is heard while the service waits for a store or a coordinator; beside
             # each other, so that a part that fails meanwhile ends the process, too.
-            tasks.spawn(f"{settings.service} start", _start(settings, context, service, server))
+            tasks.spawn(f"{settings.service} start", _start(settings, context, service, server, on_serving))
             tasks.spawn(settings.service, service.failed())
             await wait_for_stop(tasks, supervisor)
         finally:
@@ -125,8 +127,15 @@ async def run(
             await tasks.stop()
 
 
-async def _start(settings: CommonSettings, context: ServiceContext, service: Service, server: RpcServer) -> None:
+async def _start(
+    settings: CommonSettings,
+    context: ServiceContext,
+    service: Service,
+    server: RpcServer,
+    on_serving: Callable[[str], None],
+) -> None:
     await context.needs_met()
     await service.start(await advertised_address(settings, server.address))
     await server.set_serving(True)
     log.info("serving on %s", server.address)
+    on_serving(server.address)

@@ -16,7 +16,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -48,6 +48,7 @@ class Supervisor:
         self._is_ready = False
         self._is_stopping = False
         self._handles_hangups = False
+        self._on_hangup: list[Callable[[], None]] = []
 
     @classmethod
     def of_environment(cls) -> Self:
@@ -109,7 +110,13 @@ class Supervisor:
                 self._tell("WATCHDOG=1")
             await asyncio.sleep(self._watchdog_s / 2)  # as sd_watchdog_enabled(3) recommends
 
+    def on_hangup(self, call: Callable[[], None]) -> None:
+        """Registers a call for SIGHUP: of a child process, which opens its log file again, too."""
+        self._on_hangup.append(call)
+
     def _reload(self) -> None:
+        for call in self._on_hangup:
+            call()
         is_notified = self._is_ready and not self._is_stopping
         # With Type=notify-reload systemd waits for READY=1, and takes a reload without the time for a start.
         if is_notified:
