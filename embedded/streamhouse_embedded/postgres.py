@@ -29,6 +29,7 @@ import asyncpg
 from shruntime import files
 from shruntime.tasks import Backoff, run_to_end
 
+from streamhouse_embedded.children import how_it_ended, wait_for_end
 from streamhouse_embedded.postgres_system import PostgresError, RunAs, find_bin_dir, stop_orphans
 
 __all__ = ["EmbeddedPostgres", "PostgresError"]
@@ -158,8 +159,8 @@ class EmbeddedPostgres:
         while True:
             assert self._process is not None, "start() comes first"
             began_s = loop.time()
-            await _wait_for_end(self._process)
-            log.error("PostgreSQL in %s ended (%s); starting it again", self.data_dir, _how_it_ended(self._process))
+            await wait_for_end(self._process)
+            log.error("PostgreSQL in %s ended (%s); starting it again", self.data_dir, how_it_ended(self._process))
             if loop.time() - began_s > RESTART_MS_MAX / 1000:
                 backoff.reset()
             await on_change(False)
@@ -363,7 +364,7 @@ class EmbeddedPostgres:
             process = _spawn(command, output, user.environ(self.data_dir.parent))
         try:
             async with asyncio.timeout(timeout_s):
-                await _wait_for_end(process)
+                await wait_for_end(process)
         except TimeoutError:
             raise self._error(f"{name} did not end within {timeout_s} s", log_at) from None
         finally:
@@ -517,34 +518,13 @@ async def _has_checksums(dsn: str) -> bool:
         await connection.close()
 
 
-async def _wait_for_end(process: subprocess.Popen[bytes]) -> None:
-    """Waits for the end of the process and reaps the process. Takes no thread, which could not be cancelled."""
-    if process.poll() is not None:
-        return
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    pidfd = os.pidfd_open(process.pid)
-    try:
-        loop.add_reader(pidfd, ended.set)
-        await ended.wait()
-    finally:
-        loop.remove_reader(pidfd)
-        os.close(pidfd)
-    process.wait()
-
-
-def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
-    code = process.returncode
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-
 async def _stop_process(process: subprocess.Popen[bytes]) -> None:
     try:
         for number in (signal.SIGINT, signal.SIGQUIT):  # fast, then immediate shutdown
             process.send_signal(number)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_TIMEOUT_S):
-                    return await _wait_for_end(process)
+                    return await wait_for_end(process)
     finally:
         if process.poll() is None:  # still there: the server hangs, or this task is being cancelled
             process.kill()
