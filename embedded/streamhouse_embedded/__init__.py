@@ -1,1 +1,1 @@
-"""All five services in one process, over an embedded PostgreSQL and a local directory: one command, no set-up."""
+"""All services by one command, over an embedded PostgreSQL and a local directory: one command, no set-up."""

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 from pydantic import AfterValidator, Field
 from shruntime.memory import MIB, MemoryShare
 from shruntime.settings import CommonSettings
-from shruntime.urls import address, url_of
+from shruntime.urls import address, address_or_empty, url_of
 
 
 class EmbeddedSettings(CommonSettings):
@@ -26,3 +26,6 @@ class EmbeddedSettings(CommonSettings):
         description="bytes of the embedded PostgreSQL's page cache; its tables fit many times over",
     )
     pg_bin_dir: str = Field("", description="directory with initdb and postgres; empty: the installed wheel, then PATH")
+    sql_prometheus_listen: Annotated[str, AfterValidator(address_or_empty)] = Field(
+        "", description="host:port that serves /metrics of SQL, which runs in a process of its own; empty: off"
+    )

@@ -1,8 +1,9 @@
-"""Puts the five services into one process: the only place of the embedded platform that names concrete classes.
+"""Puts the services of the log into one process: the only place of the embedded platform that names concrete classes.
 
-Services call each other's API objects directly; clients reach all of them on one gRPC port.
-Start order: PostgreSQL, coordinator, segmenter, query, gRPC server, ingest. Stop order: ingest, query, segmenter, gRPC
-server, coordinator, PostgreSQL, so that ingest drains while everything needed to seal, upload and register still runs.
+They call each other's API objects directly; SQL runs in a child process. Clients reach all of them on one gRPC port.
+Start order: PostgreSQL, coordinator, segmenter, query, gRPC server, ingest, SQL. Stop order: SQL, ingest, query,
+segmenter, gRPC server, coordinator, PostgreSQL, so that ingest drains while everything needed to seal, upload and
+register still runs.
 
 Owns: the parts of the process, the order of their start and stop, the health status of the gRPC server. Does not own:
 the work of the parts, the data directory's layout (data_dir.py), PostgreSQL's process (postgres.py).
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shproto.services import IngestApi
-from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2
+from shproto.v1 import coordinator_pb2, ingest_pb2, query_pb2, sql_pb2
 from shruntime.advertise import advertised_address
 from shruntime.memory import log_memory_limits
 from shruntime.server import RpcServer, ServerLimits, check_listen
@@ -25,6 +26,7 @@ from shruntime.service import prepare_process
 from shruntime.supervisor import Supervisor
 from shruntime.tasks import Tasks, wait_for_stop
 from shruntime.telemetry import Telemetry
+from shruntime.urls import is_unspecified
 from shstore import ObjectStore
 from shstore.open import configured_store
 from shstore.settings import StoreSettings
@@ -36,12 +38,12 @@ from streamhouse_query import wiring as query_wiring
 from streamhouse_query.settings import QuerySettings
 from streamhouse_segmenter import wiring as segmenter_wiring
 from streamhouse_segmenter.settings import SegmenterSettings
-from streamhouse_sql import wiring as sql_wiring
 from streamhouse_sql.settings import SqlSettings
 
 from streamhouse_embedded.data_dir import DataDir
 from streamhouse_embedded.postgres import EmbeddedPostgres
 from streamhouse_embedded.settings import EmbeddedSettings
+from streamhouse_embedded.sql_process import SqlProcess
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +83,11 @@ class _Services:
             ingest=IngestSettings.load(wal_dir=str(data_dir.wal), agent_id=AGENT_ID),
             query=QuerySettings.load(cache_dir=str(data_dir.cache)),
             segmenter=SegmenterSettings.load(worker_id=AGENT_ID, amqp_url=""),
-            sql=SqlSettings.load(cache_dir=str(data_dir.cache), sql_temp_dir=str(data_dir.sql)),
+            sql=SqlSettings.load(
+                store_dir=str(data_dir.objects),
+                cache_dir=str(data_dir.sql / "cache"),
+                sql_temp_dir=str(data_dir.sql / "spill"),
+            ),
         )
 
 
@@ -126,6 +132,10 @@ class EmbeddedPlatform:
         log_memory_limits(self._settings, services.ingest, services.segmenter, services.query, services.sql)
         telemetry = Telemetry.configure("embedded", self._settings)
         self._stack.callback(telemetry.shutdown)
+        # Beside the start of the database: its imports take as long.
+        sql = SqlProcess(services.sql, telemetry)
+        self._stack.push_async_callback(sql.stop)
+        sql.launch()
         dsn = self._settings.pg_dsn or await self._start_postgres()
         store = await self._open_store()
 
@@ -133,12 +143,11 @@ class EmbeddedPlatform:
         ingest = ingest_wiring.build(services.ingest, coordinator.api)
         query = query_wiring.build(services.query, coordinator.api, store, _always(ingest.api))
         segmenter = segmenter_wiring.build(services.segmenter, coordinator.api, store, _always(ingest.api))
-        sql = sql_wiring.build(services.sql, coordinator.api, query.engine.reads)
         apis = (
             (coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"], coordinator.api),
             (ingest_pb2.DESCRIPTOR.services_by_name["Ingest"], ingest.api),
             (query_pb2.DESCRIPTOR.services_by_name["Query"], query.api),
-            *sql.apis,
+            (sql_pb2.DESCRIPTOR.services_by_name["Sql"], sql),
         )
         limits = ServerLimits.of(self._settings)
         server = RpcServer(self._settings.listen, apis, telemetry.server(), limits, self._supervisor)
@@ -154,21 +163,27 @@ class EmbeddedPlatform:
         await segmenter.start()
         self._stack.push_async_callback(query.stop)
         await query.start(address)
-        self._stack.push_async_callback(sql.stop)
-        await sql.start(address)
         # Before the agent, which waits until metadata that went back are repaired: the repair needs the coordinator.
         await server.start()
         self._stack.push_async_callback(ingest.stop)
         await ingest.start(address)
+        self._stack.push_async_callback(sql.stop)  # before the drain: what its jobs write to still runs
+        await sql.start(
+            bootstrap=_local(server.address),
+            advertise=address,
+            prometheus_listen=self._settings.sql_prometheus_listen,
+        )
         self._stack.push_async_callback(self.tasks.stop)
         self.tasks.spawn("coordinator watch", coordinator.failed())
         for name, tasks in (
             ("ingest", ingest.tasks),
             ("query", query.tasks),
             ("segmenter", segmenter.tasks),
-            ("sql", sql.tasks),
         ):
             self.tasks.spawn(f"{name} watch", tasks.raise_failure())
+        self.tasks.spawn("SQL watch", sql.failed())
+        if self._supervisor is not None:
+            self._supervisor.on_hangup(sql.reopen_log_file)
         self._serving = server
         await self._update_health()
         return Ready(
@@ -202,6 +217,14 @@ class EmbeddedPlatform:
         self._stack.push_async_callback(store.close)
         await store.wait_until_usable()
         return store
+
+
+def _local(bound: str) -> str:
+    """Returns the address at which this machine reaches a server that is bound to `bound`."""
+    host, _, port = bound.rpartition(":")
+    if not is_unspecified(host):
+        return bound
+    return f"[::1]:{port}" if host.startswith("[") else f"127.0.0.1:{port}"
 
 
 def _always(api: IngestApi) -> Callable[[str], IngestApi]:

@@ -59,14 +59,18 @@ def test_the_page_has_all_instruments_in_the_code() -> None:
 
 
 async def test_the_page_and_the_platform_agree(tmp_path: Path) -> None:
-    port = free_ports(1)[0]
+    ports = free_ports(2)
 
-    def scrape() -> str:
+    def scrape_one(port: int) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
             return str(response.read().decode())
 
+    def scrape() -> str:
+        return "".join(map(scrape_one, ports))
+
     environ = {
-        "STREAMHOUSE_PROMETHEUS_LISTEN": f"127.0.0.1:{port}",
+        "STREAMHOUSE_PROMETHEUS_LISTEN": f"127.0.0.1:{ports[0]}",
+        "STREAMHOUSE_SQL_PROMETHEUS_LISTEN": f"127.0.0.1:{ports[1]}",
         "STREAMHOUSE_SEAL_AGE_MS": "200",
         "STREAMHOUSE_GROUP_LAG_INTERVAL_MS": "100",
     }

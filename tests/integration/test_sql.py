@@ -77,7 +77,7 @@ async def test_the_log_is_queried_while_it_is_written_and_after_a_kill(tmp_path:
     finally:
         code = await server.stop()
     assert code == 0, server.log_tail()
-    assert not list((tmp_path / "data" / "sql").glob("*")), "nothing spilled is left"
+    assert not list((tmp_path / "data" / "sql" / "spill").glob("*")), "nothing spilled is left"
 
 
 def test_a_stop_ends_a_statement_that_computes(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
     "redis": ("shread.adapters",),
     "rich": ("streamhouse_cli",),
     "sqlglot": ("streamhouse_sql.core", "streamhouse_sql.pgwire.core"),
-    "uvloop": ("streamhouse_cli.services",),
+    "uvloop": ("streamhouse_cli.services", "streamhouse_sql.__main__"),
     "zstandard": ("shformat.compression",),
 }
 # What the wire, columns, and traces and metrics are made of; nothing of it does I/O unless told to.

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from shread.engine import build_engine
 from shruntime.clock import SystemClock
+from streamhouse_sql.pg_listener import open_listener
 from streamhouse_sql.settings import SqlSettings
 from streamhouse_sql.wiring import build
 
@@ -38,15 +39,14 @@ async def start_sql(platform: World, tmp_path: Path) -> AsyncIterator[StartSql]:
         engine = build_engine(
             settings, platform.coordinator, store, platform.ingest_at, SystemClock(), role="query", agent_id=""
         )
-        sql = Sql(build(settings, platform.coordinator, engine.reads), engine)
+        parts = build(settings, platform.coordinator, engine, {}, lambda: open_listener(settings))
+        sql = Sql(parts, engine)
         started.append(sql)
-        await engine.start("127.0.0.1:1")
-        await sql.parts.start("127.0.0.1:2")
+        await sql.parts.start("127.0.0.1:1")
         return sql
 
     yield start
     for sql in started:
         await sql.parts.stop()
-        await sql.engine.stop()
         assert sql.left() == []
-        assert sql.parts.tasks.error is None and sql.engine.tasks.error is None
+        assert sql.parts.tasks.error is None

@@ -4,6 +4,7 @@ what no client should."""
 import asyncio
 import logging
 import random
+import socket
 import struct
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,7 +16,7 @@ from shruntime.settings import SettingsError
 from streamhouse_sql.core.parameters import Parameters
 from streamhouse_sql.core.statement import Query
 from streamhouse_sql.core.statement import parse as parse_statement
-from streamhouse_sql.pgwire.server import PgServer
+from streamhouse_sql.pg_listener import open_listener
 from streamhouse_sql.settings import SqlSettings
 
 from services.sql.tests.pg_client import (
@@ -548,14 +549,13 @@ async def test_a_port_that_somebody_chose_and_that_is_taken_is_an_error(sql: Sql
         await start_sql(sql_pg_listen=sql.parts.pg_address)
 
 
-async def test_a_default_port_that_is_taken_is_a_warning(
-    sql: Sql, start_sql: StartSql, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    other = await start_sql()
-    taken = SqlSettings.load({}, sql_pg_listen=sql.parts.pg_address)
-    assert sql.parts._pg is not None
-    monkeypatch.setattr(other.parts, "_pg", PgServer(other.service, taken, sql.parts._pg._catalogue._new_engine))
-    monkeypatch.setattr(other.parts, "_pg_is_chosen", False)
-    with caplog.at_level(logging.WARNING):
-        await other.parts._start_pg(other.parts._pg)
-    assert "STREAMHOUSE_SQL_PG_LISTEN" in caplog.text and other.parts.pg_address == ""
+def test_a_default_port_that_is_taken_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = SqlSettings.load({}, sql_pg_listen=f"127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(ListenError, match="already in use"):
+            open_listener(settings)
+        default = settings.model_copy()
+        default.model_fields_set.discard("sql_pg_listen")
+        with caplog.at_level(logging.WARNING):
+            assert open_listener(default) is None
+    assert "STREAMHOUSE_SQL_PG_LISTEN" in caplog.text

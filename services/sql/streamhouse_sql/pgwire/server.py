@@ -12,16 +12,16 @@ import asyncio
 import contextlib
 import hmac
 import logging
-import os
 import secrets
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from shruntime.server import ListenError
 from shruntime.tasks import cancel_and_wait
 
 from streamhouse_sql import telemetry
+from streamhouse_sql.pg_listener import address_of
 from streamhouse_sql.pgwire.catalogue import Catalogue, CatalogueEngine
 from streamhouse_sql.pgwire.connection import Connection, Context
 from streamhouse_sql.pgwire.core.errors import PgError
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 # Threads that encode rows and plan statements.
 THREADS = 2
-BACKLOG = 128
 # Connections beside the sessions: before their startup message, to cancel, or on their way out.
 STARTING_MAX = 100
 
@@ -60,18 +59,10 @@ class PgServer:
         self._is_stopping = False
         self.address = ""
 
-    async def start(self) -> None:
-        """Begins to listen on `sql_pg_listen`. Raises ListenError."""
-        host, _, port = self._settings.sql_pg_listen.rpartition(":")
-        try:
-            self._server = await asyncio.start_server(
-                self._accept, host.strip("[]"), int(port), backlog=BACKLOG, limit=_READ_BYTES
-            )
-        except OSError as error:
-            reason = os.strerror(error.errno).lower() if error.errno else str(error)
-            raise ListenError(f"cannot listen on {self._settings.sql_pg_listen} (sql_pg_listen): {reason}") from error
-        bound = self._server.sockets[0].getsockname()
-        self.address = f"{host}:{bound[1]}"
+    async def start(self, listener: socket.socket) -> None:
+        """Begins to take connections of a socket that listens already; `stop` closes it."""
+        self._server = await asyncio.start_server(self._accept, sock=listener, limit=_READ_BYTES)
+        self.address = address_of(listener, self._settings)
         log.info("PostgreSQL's clients connect to %s", self.address)
 
     async def stop(self) -> None:
