@@ -58,6 +58,8 @@ PURE = (
     "streamhouse_query.core",
     "streamhouse_segmenter.core",
     "streamhouse_sql.core",
+    "streamhouse_sql.jobs.micro_batch",
+    "streamhouse_sql.jobs.takeover",
     "streamhouse_sql.pgwire.core",
     "streamhouse_sql.ports",
 )

@@ -187,7 +187,7 @@ async def test_workers_share_the_jobs_and_take_over_those_of_a_worker_that_left(
     assert {grant.job.epoch for grant in taken} == {2}
     assert {grant.job.worker_id for grant in taken} == {"b"} and taken[0].job.worker_address == "127.0.0.1:2"
     assert [list(grant.journal) for grant in taken if grant.job.job_id == of_a.granted[0].job.job_id] == [
-        [pb.SqlJournalEntry(number=1, entry=b"first")]
+        [pb.SqlJournalEntry(number=1, entry=b"first", epoch=1)]
     ]
     assert not (await b.claim()).stop
 

@@ -8,9 +8,9 @@ does not parse, as one of a newer version may not, hides its table and no other.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from shproto.errors import StreamHouseError, TableExists, UnknownTable
+from shproto.errors import InvalidStatement, StreamHouseError, TableExists, UnknownTable
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2
 from shread.reads import Reads
@@ -70,6 +70,18 @@ class Catalog:
             if not if_exists:
                 raise
         await self.refresh()
+
+
+def tables_of(definitions: Sequence[str]) -> dict[str, TableDefinition]:
+    """Returns tables by name in small letters, of the definitions that a job keeps. Raises InvalidStatement for one
+    that cannot be read."""
+    found = {}
+    for text in definitions:
+        statement = parse(text)
+        if not isinstance(statement, CreateTable):
+            raise InvalidStatement(f"the definition of a table is no CREATE TABLE: {text[:200]}")
+        found[statement.definition.name.lower()] = statement.definition
+    return found
 
 
 def _parsed(text: str) -> TableDefinition | None:

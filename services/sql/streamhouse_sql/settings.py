@@ -101,6 +101,79 @@ class SqlSettings(ReadSettings):
         le=604_800_000,
         description="time without a message after which a PostgreSQL client's session is closed; 0: never",
     )
+    sql_gather_ms: int = Field(
+        50,
+        ge=0,
+        le=60_000,
+        description="longest time for which a job gathers records of a micro-batch: each costs some ms of CPU whatever "
+        "its size",
+    )
+    sql_gather_rows_max: int = Field(
+        50_000, ge=1, le=10_000_000, description="records of a micro-batch; more save no CPU and delay the result"
+    )
+    sql_gather_bytes_max: int = Field(
+        16 * MIB,
+        ge=1,
+        le=1 << 40,
+        description="decoded bytes of a micro-batch; a job reads twice as many ahead",
+    )
+    sql_idle_after_ms: int = Field(
+        5_000,
+        ge=1,
+        le=86_400_000,
+        description="time without a record after which a partition holds the watermark back no longer; its next "
+        "records may be late",
+    )
+    sql_checkpoint_interval_ms: int = Field(
+        10_000,
+        ge=1,
+        le=3_600_000,
+        description="time between two checkpoints of a job; a worker that takes it over repeats what came since",
+    )
+    sql_job_memory_bytes_max: int = Field(
+        default_factory=MemoryShare(part=8, least=64 * MIB, most=1024 * MIB),
+        ge=16 * MIB,
+        le=1 << 44,
+        description="memory of the state of one job, beyond which it spills to sql_temp_dir",
+    )
+    sql_job_temp_bytes_max: int = Field(
+        10 * 1024 * MIB, ge=0, le=1 << 50, description="bytes that the state of one job may spill to sql_temp_dir"
+    )
+    sql_job_output_bytes_max: int = Field(
+        32 * MIB,
+        ge=1,
+        le=1 << 40,
+        description="output of a job that is not acknowledged yet, beyond which the job computes nothing new",
+    )
+    sql_job_step_timeout_ms: int = Field(
+        60_000, ge=1, le=86_400_000, description="time of a micro-batch, after which it is interrupted and has failed"
+    )
+    sql_job_attempts_max: int = Field(
+        3, ge=1, le=1_000, description="failures at the same micro-batch after which a job is stopped as failed"
+    )
+    sql_job_threads: int = Field(
+        2, ge=1, le=256, description="threads that run micro-batches, each of one job at a time: one per core"
+    )
+    sql_job_tick_ms: int = Field(
+        1_000,
+        ge=10,
+        le=60_000,
+        description="time between two questions of a worker which jobs are its own; a new job waits so long at most",
+    )
+    sql_job_stop_ms: int = Field(
+        10_000,
+        ge=0,
+        le=600_000,
+        description="time in which a worker that stops stores checkpoints of its jobs; the next worker then repeats "
+        "nothing",
+    )
+    sql_view_stale_ms_max: int = Field(
+        10_000,
+        ge=100,
+        le=3_600_000,
+        description="time without an answer of a coordinator after which a worker answers no query of a view: another "
+        "may have taken the job over",
+    )
     sql_read_wait_ms: int = Field(
         10_000,
         ge=0,

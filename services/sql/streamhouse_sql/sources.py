@@ -86,7 +86,7 @@ class Sources:
                     size_bytes = sum(map(len, batches))
                     self.counts.size_bytes += size_bytes
                     telemetry.bytes_scanned.add(size_bytes)
-                    decoded = await loop.run_in_executor(self._decoders, _decode, wanted, batches, columns, decode)
+                    decoded = await loop.run_in_executor(self._decoders, decode_scan, wanted, batches, columns, decode)
                     records = sum(batch.num_rows for batch in decoded)
                     self.counts.records += records
                     telemetry.records_scanned.add(records)
@@ -148,11 +148,11 @@ class _Feed:
         return None
 
 
-def _decode(
-    wanted: ScanRange, batches: Sequence[bytes], columns: Sequence[str], decode: Callable[[Any], Any] | None
+def decode_scan(
+    wanted: ScanRange, batches: Sequence[bytes], columns: Sequence[str], decode: Callable[[Any], Any] | None = None
 ) -> list[Any]:
-    """Returns the records of the range as `pyarrow.RecordBatch`es, their values decoded by `decode`. Raises DataLoss,
-    StatementFailed, StatementLimit."""
+    """Returns the records of the range as `pyarrow.RecordBatch`es, their values decoded by `decode` if it is given.
+    Raises DataLoss, StatementFailed, StatementLimit."""
     decoded = []
     for group in _groups(batches):
         try:

@@ -19,3 +19,17 @@ statement_duration_ms = _meter.create_histogram(
 )
 records_scanned = counter(_meter, "streamhouse_sql_records_scanned", "records decoded for statements")
 bytes_scanned = counter(_meter, "streamhouse_sql_bytes_scanned", "encoded batches read for statements")
+
+job_steps = counter(_meter, "streamhouse_sql_job_steps", "micro-batches of jobs that were run")
+job_rows_in = counter(_meter, "streamhouse_sql_job_rows_in", "records that jobs have read")
+job_rows_out = counter(_meter, "streamhouse_sql_job_rows_out", "records that jobs have written")
+job_late_rows = counter(_meter, "streamhouse_sql_job_late_rows", "rows that came behind the watermark")
+job_bad_rows = counter(_meter, "streamhouse_sql_job_bad_rows", "records that do not fit their table and were left out")
+job_checkpoints = counter(_meter, "streamhouse_sql_job_checkpoints", "checkpoints of jobs that were stored")
+job_failures = counter(
+    _meter,
+    "streamhouse_sql_job_failures",
+    "runs of jobs that ended with an error, by outcome: the job is tried again, or has failed",
+    "outcome",
+    ("tried_again", "failed"),
+)

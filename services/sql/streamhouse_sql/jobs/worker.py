@@ -1,0 +1,245 @@
+"""Holds jobs: asks the coordinator which are this worker's, runs them, and gives them back.
+
+Owns: the runs, how often a job failed at a micro-batch. Does not own: leases, which the coordinator grants and which
+end with the session.
+Invariants: at most one run of a job. A job that another worker holds is stopped within a tick, and writes nothing
+before that either: journal, pointer and output refuse its epoch. A job that fails again and again at the same
+micro-batch is reported as failed, with its place, and harms no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from shproto.errors import DataLoss, Fenced, InvalidStatement, StreamHouseError, Unavailable, UnknownTopic
+from shproto.services import CoordinatorApi
+from shproto.v1 import coordinator_pb2 as pb
+from shruntime.tasks import cancel_and_wait
+
+from streamhouse_sql import telemetry
+from streamhouse_sql.jobs.run import JobParts, JobRun
+
+log = logging.getLogger(__name__)
+
+# Reasons of the coordinator to stop a job, as in SqlJobStop.
+MOVING, DROPPED = "moving", "dropped"
+# Progress is a row in PostgreSQL: every tick would be too often.
+REPORT_MS = 5_000
+# Objects of dropped jobs whose worker was gone are looked for now and then.
+SWEEP_MS = 3_600_000
+# Errors that no later try mends.
+_FINAL = (InvalidStatement, UnknownTopic, DataLoss)
+
+
+@dataclass(slots=True)
+class _Held:
+    run: JobRun
+    task: asyncio.Task[None]
+    is_given_up: bool = False
+
+
+@dataclass(slots=True)
+class _Failures:
+    """Failures of a job at the same micro-batch."""
+
+    number: int = -1
+    count: int = 0
+
+
+class JobWorker:
+    """Runs the jobs of this worker. `token` returns that of its session, empty while there is none."""
+
+    def __init__(self, parts: JobParts, coordinator: CoordinatorApi, token: Callable[[], str]) -> None:
+        self.parts = parts
+        self._coordinator = coordinator
+        self._token = token
+        self._clock = parts.reads.clock
+        self._settings = parts.settings
+        self._held: dict[str, _Held] = {}
+        self._failures: dict[str, _Failures] = {}
+        self._released: dict[str, int] = {}  # epochs of jobs that are stored, and free for others
+        self._is_leaving = False
+        self._wake = asyncio.Event()
+        self._answered_ms: int | None = None
+        self._reported_ms = 0
+
+    # ---- for statements
+
+    @property
+    def runs(self) -> Mapping[str, JobRun]:
+        """Runs of the jobs that this worker holds, by name of the job."""
+        return {held.run.job.job: held.run for held in self._held.values()}
+
+    def wake(self) -> None:
+        """Makes the next tick begin at once: there may be a job for this worker."""
+        self._wake.set()
+
+    def check_holder(self) -> None:
+        """Checks that this worker may still speak for its jobs. Raises Unavailable if it has heard no coordinator for
+        long: another may hold them."""
+        limit_ms = self._settings.sql_view_stale_ms_max
+        if self._answered_ms is None or self._clock.monotonic_ms() - self._answered_ms > limit_ms:
+            raise Unavailable(
+                f"this worker has heard no coordinator for {limit_ms} ms (sql_view_stale_ms_max); another may have "
+                "taken over the job of the view",
+                retry_after_ms=1_000,
+            )
+
+    # ---- running
+
+    async def run(self) -> None:
+        """Holds and runs jobs until cancelled; cancelled runs store nothing, as `stop` does before."""
+        journal = asyncio.create_task(self.parts.journal.run(), name="sql journal")
+        sweep = asyncio.create_task(self._sweep(), name="sql sweep")
+        try:
+            while True:
+                if journal.done():
+                    journal.result()
+                await self._tick_once()
+                await self._rest()
+        finally:
+            await cancel_and_wait(journal, sweep, *(held.task for held in self._held.values()))
+            self.parts.close()
+
+    async def stop(self) -> None:
+        """Ends all runs with their checkpoints stored, and gives the jobs to others; `run` goes on meanwhile, and is
+        to be cancelled after it."""
+        self._is_leaving = True
+        for held in self._held.values():
+            held.run.stop()
+        tasks = [held.task for held in self._held.values()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=self._settings.sql_job_stop_ms / 1000)
+        await cancel_and_wait(*tasks)
+        with contextlib.suppress(StreamHouseError):  # the session ends soon, and the leases with it
+            await self._claim(is_leaving=True)
+
+    async def _rest(self) -> None:
+        try:
+            async with asyncio.timeout(self._settings.sql_job_tick_ms / 1000):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+        self._wake.clear()
+
+    async def _tick_once(self) -> None:
+        if not self._token() or self._is_leaving:
+            return
+        try:
+            answer = await self._claim()
+        except StreamHouseError as error:
+            log.info("no coordinator says which jobs this worker holds: %s", error.message)
+            return
+        self._answered_ms = self._clock.monotonic_ms()
+        for stop in answer.stop:
+            await self._stop(stop)
+        for grant in answer.granted:
+            self._start(grant)
+
+    async def _claim(self, *, is_leaving: bool = False) -> pb.ClaimSqlJobsResponse:
+        now_ms = self._clock.monotonic_ms()
+        reports = now_ms - self._reported_ms >= REPORT_MS
+        if reports:
+            self._reported_ms = now_ms
+        released = dict(self._released)
+        request = pb.ClaimSqlJobsRequest(
+            session_token=self._token(),
+            held=[
+                pb.SqlJobHold(
+                    job_id=job_id, epoch=held.run.job.epoch, progress=held.run.progress() if reports else None
+                )
+                for job_id, held in self._held.items()
+            ],
+            released=[pb.SqlJobHold(job_id=job_id, epoch=epoch) for job_id, epoch in released.items()],
+            is_leaving=is_leaving,
+        )
+        answer = await self._coordinator.claim_sql_jobs(request)
+        for job_id in released:
+            del self._released[job_id]
+        return answer
+
+    async def _stop(self, stop: pb.SqlJobStop) -> None:
+        held = self._held.get(stop.job_id)
+        if held is None or held.run.job.epoch != stop.epoch:
+            return
+        log.info("job %s: epoch %d stops: %s", held.run.job.job, stop.epoch, stop.why)
+        if stop.why == MOVING:
+            held.run.stop()  # its end releases the job
+            return
+        held.is_given_up = True
+        await cancel_and_wait(held.task)
+        if stop.why == DROPPED:
+            await self.parts.checkpoints.drop(stop.job_id)
+
+    def _start(self, grant: pb.SqlJobGrant) -> None:
+        job_id = grant.job.job_id
+        if job_id in self._held:
+            # Granted once more although it runs here: this run's epoch is over.
+            held = self._held.pop(job_id)
+            held.is_given_up = True
+            held.task.cancel()
+        run = JobRun(self.parts, grant)
+        task = asyncio.create_task(self._run(run), name=f"sql job {grant.job.job}")
+        self._held[job_id] = _Held(run, task)
+
+    async def _run(self, run: JobRun) -> None:
+        """Runs a job to its end, and notes how it ended."""
+        job = run.job
+        try:
+            await run.run()
+            self._released[job.job_id] = job.epoch
+            log.info("job %s: epoch %d is stored and given back", job.job, job.epoch)
+        except Fenced as error:
+            log.info("job %s: epoch %d is over: %s", job.job, job.epoch, error.message)
+        except StreamHouseError as error:
+            await self._failed(run, error)
+        except Exception as error:
+            log.exception("job %s: a defect", job.job)
+            await self._failed(run, error)
+        finally:
+            held = self._held.get(job.job_id)
+            if held is not None and held.run is run:
+                # Missing in the next tick, so that the coordinator grants the job anew.
+                del self._held[job.job_id]
+
+    async def _failed(self, run: JobRun, error: Exception) -> None:
+        """Counts a failure; reports the job as failed once there are too many at the same micro-batch."""
+        job = run.job
+        message = error.message if isinstance(error, StreamHouseError) else f"{type(error).__name__}: {error}"
+        reason = f"{run.where}: {message}" if run.where else message
+        failures = self._failures.setdefault(job.job_id, _Failures())
+        if failures.number != run.number:
+            failures.number, failures.count = run.number, 0
+        if not (isinstance(error, StreamHouseError) and error.retriable):
+            failures.count += 1
+        if failures.count < self._settings.sql_job_attempts_max and not isinstance(error, _FINAL):
+            telemetry.job_failures.add(1, {"outcome": "tried_again"})
+            log.warning("job %s: epoch %d ends, and is tried again: %s", job.job, job.epoch, reason)
+            return
+        telemetry.job_failures.add(1, {"outcome": "failed"})
+        log.error("job %s has failed: %s", job.job, reason)
+        del self._failures[job.job_id]
+        request = pb.FailSqlJobRequest(session_token=self._token(), job_id=job.job_id, epoch=job.epoch, reason=reason)
+        try:
+            await self._coordinator.fail_sql_job(request)
+        except StreamHouseError as failure:
+            # Tried again, and fails again, if nobody hears of it now.
+            log.warning("job %s: the failure is not reported: %s", job.job, failure.message)
+
+    async def _sweep(self) -> None:
+        """Deletes objects of dropped jobs now and then."""
+
+        async def known() -> list[str]:
+            listed = await self._coordinator.list_sql_jobs(pb.ListSqlJobsRequest())
+            return [job.job_id for job in listed.jobs]
+
+        while True:
+            await self._clock.sleep_ms(SWEEP_MS)
+            try:
+                await self.parts.checkpoints.sweep_dropped(known)
+            except StreamHouseError as error:
+                log.info("objects of dropped jobs are left for the next sweep: %s", error.message)
