@@ -18,7 +18,8 @@ import pyarrow as pa
 from shproto.errors import DataLoss, InvalidArgument, InvalidStatement, StatementFailed, StreamHouseError
 
 from streamhouse_sql.arrow import schema_of
-from streamhouse_sql.core.continuous.compile import Compiled, Options, compiled
+from streamhouse_sql.core.continuous.build import Options
+from streamhouse_sql.core.continuous.compile import Compiled, compiled
 from streamhouse_sql.core.continuous.model import (
     AFTER_US,
     BEFORE_US,
@@ -330,6 +331,8 @@ class Pipeline:
             name = f"expired {expiry.table}"
             if now_us - marks.get(name, now_us - expiry.ttl_us) >= expiry.ttl_us // EXPIRY_PART:
                 self._engine.run(f"DELETE FROM {expiry.table} WHERE {expiry.column} < {now_us - expiry.ttl_us}")
+                for follow in expiry.follow:
+                    self._engine.run(follow)
                 marks[name] = now_us
                 looked = True
         return looked

@@ -56,7 +56,7 @@ AGGREGATES: Mapping[str, tuple[int, ...]] = {
 # Those whose state DuckDB hands out and merges itself.
 _STATES = {"avg", "approx_count_distinct", "approx_quantile", "variance", "var_pop", "stddev", "stddev_pop"}
 # Of these a row can be taken away again.
-RETRACTABLE = {"count", "count_if", "sum", "avg"}
+RETRACTABLE = {"count", "sum", "avg"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,9 +131,17 @@ def aggregate_of(node: exp.Expr) -> Aggregate | None:
 
 
 def has_aggregate(node: exp.Expr) -> bool:
-    """True if an aggregate stands anywhere in the expression."""
+    """True if an aggregate stands anywhere in the expression, other than with OVER."""
     return any(
-        _ALIASES.get(call.name.lower(), call.name.lower()) in AGGREGATES for call in node.find_all(exp.Anonymous)
+        _ALIASES.get(call.name.lower(), call.name.lower()) in AGGREGATES and not isinstance(call.parent, exp.Window)
+        for call in node.find_all(exp.Anonymous)
+    )
+
+
+def uses_time(node: exp.Expr) -> bool:
+    """True if FIRST or LAST stands anywhere in the expression."""
+    return any(
+        _ALIASES.get(call.name.lower(), call.name.lower()) in ("first", "last") for call in node.find_all(exp.Anonymous)
     )
 
 
@@ -170,7 +178,7 @@ def _extreme(order: str, where: str, least: bool) -> Part:
 
 def final_of(call: Aggregate, columns: Sequence[str]) -> str:
     """Returns the aggregate's value, as an expression over the columns of its parts."""
-    if call.function in ("count", "count_if"):
+    if call.function == "count":
         return f"coalesce({columns[0]}, 0)"
     if call.function in _STATES:
         return f"finalize({columns[0]})"
@@ -193,19 +201,17 @@ def weighted_parts_of(call: Aggregate) -> Sequence[Part]:
         )
     weight = f'"{WEIGHT}"'
     where = f" FILTER (WHERE {call.where})" if call.where else ""
-    if call.function == "count_if":
-        where = f" FILTER (WHERE ({call.arguments[0]})" + (f" AND ({call.where})" if call.where else "") + ")"
-    argument = call.arguments[0] if call.arguments and call.function != "count_if" else ""
+    argument = call.arguments[0] if call.arguments else ""
     counted = f"CASE WHEN ({argument}) IS NULL THEN 0 ELSE {weight} END" if argument else weight
     count = Part(f"coalesce(sum({counted}){where}, 0)::BIGINT", "sum({})::BIGINT", _SUM)
-    if call.function in ("count", "count_if"):
+    if call.function == "count":
         return [count]
     return [count, Part(f"sum(({argument}) * {weight}){where}", "sum({})", _SUM)]
 
 
 def weighted_final_of(call: Aggregate, columns: Sequence[str]) -> str:
     """Returns the aggregate's value, as an expression over the columns of its weighted parts."""
-    if call.function in ("count", "count_if"):
+    if call.function == "count":
         return f"coalesce({columns[0]}, 0)"
     value = f"CAST({columns[1]} AS DOUBLE) / {columns[0]}" if call.function == "avg" else columns[1]
     return f"CASE WHEN {columns[0]} > 0 THEN {value} END"

@@ -15,45 +15,27 @@ from dataclasses import dataclass, replace
 from shproto.errors import InvalidStatement
 
 from streamhouse_sql.core.columns import COLUMN_NAMES
+from streamhouse_sql.core.continuous.build import Builder, Options, Relation, kept_result, listed
+from streamhouse_sql.core.continuous.event_time import Below, bare, hidden_of, in_windows, names_window, window_below
+from streamhouse_sql.core.continuous.groups import closed, grouped
 from streamhouse_sql.core.continuous.model import (
     INPUT,
     OFFSET,
     PARTITION,
     TIME,
     WEIGHT,
-    Expiry,
-    Guard,
     JobInput,
-    Op,
     Program,
     SourceProgram,
     StateInfo,
 )
 from streamhouse_sql.core.continuous.names import quoted
 from streamhouse_sql.core.continuous.nodes import Group, Join, Node, Scan, Select, Union, Windowed, sources_of
+from streamhouse_sql.core.continuous.sessions import sessions
 from streamhouse_sql.core.tables import needed_columns, record_columns_of, select_of
 
 # Hidden columns of a relation whose rows are records: the place that breaks ties.
 _PLACE = (INPUT, PARTITION, OFFSET)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Relation:
-    """The change of a node's rows. `sql`: a SELECT of `columns`, the `hidden` ones, and the weight of a changelog.
-    `key`: columns that identify a row, None if none do. `time`: name of the column with the watermark's event time.
-    `guard`: the change is empty in micro-batches that it does not let run."""
-
-    sql: str
-    columns: tuple[str, ...]
-    hidden: tuple[str, ...] = ()
-    is_changelog: bool = False
-    key: tuple[str, ...] | None = None
-    guard: Guard | None = None
-    sort: tuple[str, ...] = ()
-
-    def all_columns(self) -> list[str]:
-        """Returns the names of all columns, those of ours behind the node's."""
-        return [*self.columns, *self.hidden, *((WEIGHT,) if self.is_changelog else ())]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,16 +52,6 @@ class Compiled:
     fingerprint: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """Options of a compilation. `ttl_us`: 0 without. `is_view`: the result is kept. `renamed`: names of the columns."""
-
-    emit_on_close: bool
-    is_view: bool
-    ttl_us: int
-    renamed: tuple[str, ...] = ()
-
-
 def compiled(node: Node, topics: Mapping[str, int], options: Options) -> Compiled:
     """Returns the program of a plan. Raises InvalidStatement for a combination of nodes that has none."""
     return _Compiler(node, topics, options).compile(node)
@@ -90,15 +62,11 @@ class _Compiler:
 
     def __init__(self, node: Node, topics: Mapping[str, int], options: Options) -> None:
         self._topics = topics
-        self._options = options
-        self._ops: list[Op] = []
+        self._builder = Builder(options=options)
         self._sources: dict[tuple[str, str], SourceProgram] = {}
         self._inputs: dict[str, set[str]] = {}
-        self._states: list[StateInfo] = []
-        self._compactions: list[tuple[str, str]] = []
-        self._expiries: list[Expiry] = []
-        self._operators: list[str] = []
-        self._number = 0
+        self._root = node
+        self._result = ""
         nodes = _all_nodes(node)
         self._uses = Counter(id(found) for found in nodes)
         self._reads = Counter(_key_of(found) for found in nodes if isinstance(found, Scan))
@@ -114,8 +82,13 @@ class _Compiler:
     def compile(self, node: Node) -> Compiled:
         """Returns the program of the node's result."""
         result = self.relation(node)
-        names = self._options.renamed or result.columns
-        if self._options.renamed:
+        if self._builder.options.emit_on_close and result.guard is None:
+            raise InvalidStatement(
+                "EMIT ON WINDOW CLOSE needs GROUP BY over TUMBLE, HOP, CUMULATE or SESSION",
+                clause="EMIT ON WINDOW CLOSE",
+            )
+        names = self._builder.options.renamed or result.columns
+        if self._builder.options.renamed:
             if len(names) != len(result.columns):
                 raise InvalidStatement(
                     f"INSERT names {len(names)} columns, and the query has {len(result.columns)}", clause="INSERT"
@@ -124,13 +97,13 @@ class _Compiler:
         output, view = self._output(result)
         program = Program(
             sources=tuple(self._sources.values()),
-            ops=tuple(self._ops),
+            ops=tuple(self._builder.ops),
             output=output,
             output_guard=result.guard,
-            states=tuple(info.table for info in self._states),
+            states=tuple(info.table for info in self._builder.states),
             view=view,
-            expiries=tuple(self._expiries),
-            compactions=tuple(self._compactions),
+            expiries=tuple(self._builder.expiries),
+            compactions=tuple(self._builder.compactions),
         )
         inputs = tuple(
             JobInput(
@@ -147,9 +120,9 @@ class _Compiler:
             columns=result.columns,
             key=result.key or (),
             is_changelog=result.is_changelog,
-            state=tuple(self._states),
-            operators=tuple(self._operators),
-            fingerprint=hashlib.sha256(repr((program, inputs, self._options)).encode()).hexdigest()[:32],
+            state=tuple(self._builder.states),
+            operators=tuple(self._builder.operators),
+            fingerprint=hashlib.sha256(repr((program, inputs, self._builder.options)).encode()).hexdigest()[:32],
         )
 
     # ---- nodes
@@ -165,10 +138,14 @@ class _Compiler:
                 found = self._select(node)
             case Union():
                 found = self._union(node)
+            case Windowed():
+                found = self._windowed(node, is_bare=False)
+            case Group():
+                found = self._group(node)
             case _:
                 raise InvalidStatement(f"{type(node).__name__} is not supported in a continuous query")
         if self._uses[id(node)] > 1 and not isinstance(node, Scan):
-            found = self._kept(found)
+            found = self._builder.kept(found)
         self._shared[id(node)] = found
         return found
 
@@ -178,12 +155,14 @@ class _Compiler:
         if source is None:
             source = self._source(node, key)
             self._sources[key] = source
-        self._operators.append(f"scan of topic {node.topic}" + (f" as table {node.table.name}" if node.table else ""))
+        self._builder.operators.append(
+            f"scan of topic {node.topic}" + (f" as table {node.table.name}" if node.table else "")
+        )
         hidden = [*_PLACE, *((TIME,) if self._needs_order else ())]
         from_ = source.table or f"({source.decode})"
         columns = tuple(column for column in node.columns if column in self._scans[key])
         shown = ", ".join(quoted(name) for name in (*columns, *hidden))
-        return Relation(sql=f"SELECT {shown} FROM {from_}", columns=columns, hidden=tuple(hidden))
+        return Relation(sql=f"SELECT {shown} FROM {from_}", columns=columns, hidden=tuple(hidden), is_ordered=True)
 
     def _source(self, node: Scan, key: tuple[str, str]) -> SourceProgram:
         needed = self._scans[key]
@@ -230,7 +209,9 @@ class _Compiler:
         )
 
     def _select(self, node: Select) -> Relation:
-        source = self.relation(node.source)
+        return self._selected(node, self.relation(node.source))
+
+    def _selected(self, node: Select, source: Relation) -> Relation:
         from_ = f"({source.sql})"
         for name, lists in node.unnests:
             from_ = f"(SELECT *, unnest({lists}) AS {quoted(name)} FROM {from_})"
@@ -250,9 +231,63 @@ class _Compiler:
             sort=tuple(shown[quoted(name)] for name in source.sort if quoted(name) in shown),
         )
 
+    def _windowed(self, node: Windowed, *, is_bare: bool) -> Relation:
+        source = self.relation(node.source)
+        if not is_bare and node.window.function == "SESSION":
+            raise InvalidStatement("SESSION without GROUP BY is not supported in a continuous query", clause="SESSION")
+        if source.is_changelog:
+            raise InvalidStatement(
+                f"{node.window.function} over rows that may change is not supported", clause=node.window.function
+            )
+        return replace(
+            source,
+            sql=bare(source.sql, node) if is_bare else in_windows(source.sql, node),
+            columns=node.columns,
+            hidden=(*source.hidden, *hidden_of(node, is_bare=is_bare)),
+        )
+
+    def _group(self, node: Group) -> Relation:
+        below = window_below(node.source)
+        on_close = self._builder.options.emit_on_close
+        if below is None:
+            source = self.relation(node.source)
+            if on_close:
+                raise InvalidStatement(
+                    "EMIT ON WINDOW CLOSE needs GROUP BY over TUMBLE, HOP, CUMULATE or SESSION",
+                    clause="EMIT ON WINDOW CLOSE",
+                )
+            return self._kept_group(node, source, None)
+        function = below.node.window.function
+        is_session = function == "SESSION"
+        names_window_ = names_window(node.source)
+        if is_session and names_window_:
+            raise InvalidStatement("columns of a SESSION are supported in GROUP BY and SELECT", clause="SESSION")
+        is_sliced = on_close and not is_session and function != "TUMBLE" and not names_window_
+        source = self._above(node.source, is_bare=is_sliced or is_session)
+        if is_session:
+            return sessions(self._builder, node, source, below)
+        if on_close:
+            return closed(self._builder, node, source, below, is_sliced=is_sliced)
+        return self._kept_group(node, source, below)
+
+    def _kept_group(self, node: Group, source: Relation, below: Below | None) -> Relation:
+        """Returns the group's changes. The state is the result of a view that shows nothing else."""
+        is_result = self._builder.options.is_view and node is self._root
+        found, view = grouped(self._builder, node, source, below, keeps_windows=is_result)
+        if is_result:
+            self._result = view
+        return found
+
+    def _above(self, node: Node, *, is_bare: bool) -> Relation:
+        """Returns the change of a node without state above windows."""
+        if isinstance(node, Windowed):
+            return self._windowed(node, is_bare=is_bare)
+        assert isinstance(node, Select)
+        return self._selected(node, self._above(node.source, is_bare=is_bare))
+
     def _union(self, node: Union) -> Relation:
         sides = [self.relation(source) for source in node.sources]
-        self._operators.append("union all")
+        self._builder.operators.append("union all")
         names = sides[0].columns
         hidden = [name for name in sides[0].hidden if all(name in side.hidden for side in sides)]
         is_changelog = any(side.is_changelog for side in sides)
@@ -270,49 +305,36 @@ class _Compiler:
             hidden=tuple(hidden),
             is_changelog=is_changelog,
             guard=guards.pop() if len(guards) == 1 else None,
+            is_ordered=all(side.is_ordered for side in sides),
         )
-
-    def _kept(self, relation: Relation) -> Relation:
-        """Returns the same change, computed once in a micro-batch."""
-        table = self._new("d")
-        self._make(table, relation.sql, relation.guard)
-        return replace(relation, sql=f"SELECT * FROM {table}")
 
     # ---- result
 
     def _output(self, result: Relation) -> tuple[str, str]:
-        """Returns the SELECT of the result's change, and that of the whole result if it is kept."""
-        shown = [quoted(name) for name in result.columns]
-        output = f"SELECT {', '.join(shown)} FROM ({result.sql})"
-        if not self._options.is_view:
-            return output, ""
-        state = self._new("v")
-        kept = replace(result, sql=f"SELECT * FROM {self._made(result)}")
-        self._ops.append(Op(sql=f"CREATE TABLE {state} AS {output} LIMIT 0", at_start=True))
-        output = f"SELECT {', '.join(shown)} FROM ({kept.sql})"
-        self._ops.append(Op(sql=f"INSERT INTO {state} {output}", guard=result.guard))
-        self._states.append(StateInfo(table=state, operator="result", holds="the rows of the view", bound=""))
-        return output, f"SELECT {', '.join(shown)} FROM {state}"
+        """Returns the SELECT of the result's change, in its order, and that of the whole result if it is kept."""
+        shown = listed(result.columns)
+        if result.is_changelog:
+            shown = f'CAST({quoted(WEIGHT)} AS TINYINT) AS "_op", {shown}'
+        order = _order_of(result)
+        if not self._builder.options.is_view:
+            return f"SELECT {shown} FROM ({result.sql}){order}", ""
+        if self._result:
+            return f"SELECT {shown} FROM ({result.sql}){order}", self._result
+        change = self._builder.kept(result)
+        view = kept_result(self._builder, change)
+        return f"SELECT {shown} FROM ({change.sql}){order}", view
 
-    def _made(self, relation: Relation) -> str:
-        table = self._new("d")
-        self._make(table, relation.sql, relation.guard)
-        return table
 
-    # ---- statements
-
-    def _new(self, kind: str) -> str:
-        self._number += 1
-        return f"{kind}_{self._number - 1}"
-
-    def _make(self, table: str, sql: str, guard: Guard | None = None) -> None:
-        """Makes a table of this micro-batch. With a guard it is made once, filled when the guard lets it, and emptied
-        behind the micro-batch."""
-        if guard is None:
-            self._ops.append(Op(sql=f"CREATE OR REPLACE TEMP TABLE {table} AS {sql}"))
-            return
-        self._ops.append(Op(sql=f"CREATE TEMP TABLE {table} AS SELECT * FROM ({sql}) LIMIT 0", at_start=True))
-        self._ops.append(Op(sql=f"INSERT INTO {table} {sql}", guard=guard, fills=table))
+def _order_of(result: Relation) -> str:
+    """Returns ORDER BY of a result: windows, keys, and what is no longer there before what is new. Rows of records come
+    in the order of these, and need none."""
+    if result.is_ordered:
+        return ""
+    # Without a key all columns together tell rows apart.
+    rest = [] if result.key is not None else [name for name in result.columns if name not in result.sort]
+    weight = [WEIGHT] if result.is_changelog else []
+    terms = [*result.sort, *(rest if result.key is None else []), *weight]
+    return f" ORDER BY {listed(terms)}" if terms else ""
 
 
 def _all_nodes(node: Node) -> list[Node]:

@@ -84,11 +84,13 @@ class SourceProgram:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expiry:
-    """State that is forgotten after a time without a change. `column`: when a row changed last, in us."""
+    """State that is forgotten after a time without a change. `column`: when a row changed last, in us. `follow`:
+    statements that forget what belongs to it."""
 
     table: str
     column: str
     ttl_us: int
+    follow: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

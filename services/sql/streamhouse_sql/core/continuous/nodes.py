@@ -138,5 +138,7 @@ def sources_of(node: Node) -> Sequence[Node]:
 
 def identity(node: Node) -> tuple[tuple[str, str], ...]:
     """Returns the columns of a node as items of a Select around it; of a scan those that are needed."""
+    if isinstance(node, Windowed):
+        return (*identity(node.source), *((name, f'"{name}"') for name in WINDOW_COLUMNS))
     columns = [name for name in node.columns if not isinstance(node, Scan) or name in node.needed]
     return tuple((name, '"' + name.replace('"', '""') + '"') for name in columns)

@@ -6,7 +6,7 @@ from shproto.errors import InvalidStatement
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
 
-from streamhouse_sql.core.continuous.compile import Options
+from streamhouse_sql.core.continuous.build import Options
 from streamhouse_sql.core.continuous.statements import ContinuousQuery
 from streamhouse_sql.core.dialect import StreamHouse
 

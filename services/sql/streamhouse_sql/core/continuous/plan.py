@@ -9,7 +9,7 @@ from shproto.errors import InvalidStatement
 from sqlglot import exp
 
 from streamhouse_sql.core.columns import COLUMN_NAMES
-from streamhouse_sql.core.continuous.aggregates import Aggregate, aggregate_of, has_aggregate
+from streamhouse_sql.core.continuous.aggregates import Aggregate, aggregate_of, has_aggregate, uses_time
 from streamhouse_sql.core.continuous.joins import joined
 from streamhouse_sql.core.continuous.names import Scope, check_marks, conjuncts, quoted, resolved, written
 from streamhouse_sql.core.continuous.nodes import (
@@ -70,7 +70,7 @@ class _Planner:
         self._topics = topics
         self._tables = tables
         self._has_star = _has_star(query.tree)
-        self._uses_time = bool(query.windows) or query.tree.find(exp.Join) is not None
+        self._uses_time = bool(query.windows) or query.tree.find(exp.Join) is not None or uses_time(query.tree)
         self._named = {identifier.name.lower() for identifier in query.tree.find_all(exp.Identifier)}
         # The windows' tables come on top: their columns are found when they are planned, which is before the scans.
         for window in query.windows.values():

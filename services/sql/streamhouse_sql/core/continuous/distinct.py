@@ -1,0 +1,154 @@
+"""COUNT(DISTINCT …): sets of values beside the groups.
+
+Invariants of a set table: one row per key and value (or per slice, key and value, until they are put together), with a
+bit for each FILTER under which the value was counted. Values are only ever added: rows that may be taken away are
+refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shproto.errors import InvalidStatement
+
+from streamhouse_sql.core.continuous.aggregates import Aggregate
+from streamhouse_sql.core.continuous.build import Builder, listed, same
+from streamhouse_sql.core.continuous.names import quoted
+from streamhouse_sql.core.continuous.nodes import Group
+
+FILTERS_MAX = 63
+
+
+class DistinctSets:
+    """Sets of a group: one for each expression that is counted. `keys`: (name, expression) of the group."""
+
+    def __init__(
+        self,
+        builder: Builder,
+        keys: Sequence[tuple[str, str]],
+        calls: Sequence[Aggregate],
+        *,
+        bound: str,
+        operator: str,
+    ) -> None:
+        self._builder = builder
+        self._keys = tuple(keys)
+        self._filters: dict[str, list[str]] = {}
+        for call in calls:
+            filters = self._filters.setdefault(call.arguments[0], [])
+            if call.where not in filters:
+                filters.append(call.where)
+            if len(filters) > FILTERS_MAX:
+                raise InvalidStatement(
+                    f"count(DISTINCT {call.arguments[0]}) has more than {FILTERS_MAX} FILTERs",
+                    clause="FILTER",
+                )
+        self._bound = bound
+        self._operator = operator
+        self._tables: dict[str, str] = {}
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The state tables."""
+        return tuple(self._tables.values())
+
+    def places(self, node: Group) -> list[tuple[str, int, int]]:
+        """Returns (part, number of the value, bit of the FILTER) of the node's distinct counts."""
+        found = []
+        for name, call in node.aggregates:
+            if call.distinct:
+                filters = self._filters[call.arguments[0]]
+                value = list(self._filters).index(call.arguments[0])
+                found.append((f"{name}p0", value, filters.index(call.where)))
+        return found
+
+    def _new_values(self, source: str, value: str) -> str:
+        """Returns a SELECT of the values of a micro-batch, with the FILTERs they are counted under."""
+        keys = [f"{sql} AS {quoted(name)}" for name, sql in self._keys]
+        bits = [
+            f"CASE WHEN {where} THEN {1 << bit}::UBIGINT ELSE 0::UBIGINT END" if where else f"{1 << bit}::UBIGINT"
+            for bit, where in enumerate(self._filters[value])
+        ]
+        terms = ", ".join([*keys, f'{value} AS "#x"', f'bit_or({" | ".join(bits)}) AS "#m"'])
+        by = ", ".join(str(at) for at in range(1, len(keys) + 2))
+        return f'SELECT {terms} FROM ({source}) WHERE ({value}) IS NOT NULL GROUP BY {by} HAVING "#m" <> 0'
+
+    def _table(self, source: str, value: str) -> str:
+        if value not in self._tables:
+            self._tables[value] = self._builder.state(
+                self._new_values(source, value),
+                operator=self._operator,
+                holds=f"the distinct values of {value} for each group",
+                bound=self._bound,
+            )
+        return self._tables[value]
+
+    # ---- each change
+
+    def joined(self, source: str, partial: str, node: Group) -> str:
+        """Returns partial results with the numbers of values that are new in the state. Adds these to it."""
+        names = [name for name, _ in self._keys]
+        for number, value in enumerate(self._filters):
+            table = self._table(source, value)
+            new = self._builder.new("d")
+            keys = [*names, "#x"]
+            self._builder.make(
+                new,
+                f'SELECT {listed(keys, "n")}, n."#m", coalesce(t."#m", 0)::UBIGINT AS "#old" '
+                f"FROM ({self._new_values(source, value)}) AS n LEFT JOIN {table} AS t ON {same('n', 't', keys)} "
+                f'WHERE t."#m" IS NULL OR (t."#m" | n."#m") <> t."#m"',
+            )
+            self._builder.do(
+                f"MERGE INTO {table} AS t USING {new} AS n ON {same('t', 'n', keys)} "
+                f'WHEN MATCHED THEN UPDATE SET "#m" = t."#m" | n."#m" '
+                f'WHEN NOT MATCHED THEN INSERT VALUES ({listed(keys, "n")}, n."#m")'
+            )
+            parts = [(part, bit) for part, at, bit in self.places(node) if at == number]
+            counts = [
+                f'count(*) FILTER (WHERE ("#m" & {1 << bit}) <> 0 AND ("#old" & {1 << bit}) = 0) AS {quoted(part)}'
+                for part, bit in parts
+            ]
+            by = f" GROUP BY {', '.join(str(at) for at in range(1, len(names) + 1))}" if names else ""
+            counted = f"SELECT {', '.join([*map(quoted, names), *counts])} FROM {new}{by}"
+            given = ", ".join(f"coalesce(q.{quoted(part)}, 0) AS {quoted(part)}" for part, _ in parts)
+            partial = (
+                f"SELECT g.* REPLACE ({given}) FROM ({partial}) AS g LEFT JOIN ({counted}) AS q "
+                f"ON {same('g', 'q', names)}"
+            )
+        return partial
+
+    def followers(self, state: str, keys: Sequence[str]) -> list[str]:
+        """Returns statements that forget the values of groups that were forgotten."""
+        return [
+            f"DELETE FROM {table} AS t WHERE NOT EXISTS (SELECT 1 FROM {state} AS s WHERE {same('s', 't', keys)})"
+            for table in self.tables
+        ]
+
+    # ---- once, when windows end
+
+    def insert(self, source: str) -> None:
+        """Adds the values of a micro-batch."""
+        names = [*(name for name, _ in self._keys), "#x"]
+        by = ", ".join(str(at) for at in range(1, len(names) + 1))
+        for value in self._filters:
+            table = self._table(source, value)
+            self._builder.do(f"INSERT INTO {table} {self._new_values(source, value)}")
+            self._builder.compactions.append(
+                (table, f'SELECT {listed(names)}, bit_or("#m") AS "#m" FROM {table} GROUP BY {by}')
+            )
+
+    def counted(self, ended: str, window: Sequence[str], ends: str, node: Group) -> str:
+        """Returns the results of windows that have ended with the numbers of their distinct values. `ends`: SELECT of a
+        state table's rows in these windows."""
+        by = ", ".join(str(at) for at in range(1, len(window) + 1))
+        for number, table in enumerate(self._tables.values()):
+            parts = [(part, bit) for part, at, bit in self.places(node) if at == number]
+            counts = [f'count(*) FILTER (WHERE ("#m" & {1 << bit}) <> 0) AS {quoted(part)}' for part, bit in parts]
+            values = (
+                f'SELECT {listed(window)}, "#x", bit_or("#m") AS "#m" FROM ({ends.format(table)}) '
+                f"GROUP BY {by}, {len(window) + 1}"
+            )
+            counted = f"SELECT {', '.join([*map(quoted, window), *counts])} FROM ({values}) GROUP BY {by}"
+            given = ", ".join(f"q.{quoted(part)}" for part, _ in parts)
+            ended = f"SELECT g.*, {given} FROM ({ended}) AS g LEFT JOIN ({counted}) AS q ON {same('g', 'q', window)}"
+        return ended
