@@ -193,6 +193,12 @@ class Admin(AsyncContext):
         response = await self._peers.coordinator.delete_topic(coordinator_pb2.DeleteTopicRequest(topic=topic))
         return response.topic_id.hex()
 
+    async def delete_producer(self, name: str) -> int:
+        """Forgets a named producer, and returns its id. The next that takes the name over gets another id, whose stream
+        begins at sequence 0 everywhere. Raises UnknownProducer."""
+        response = await self._peers.coordinator.delete_producer(coordinator_pb2.DeleteProducerRequest(name=name))
+        return response.producer_id
+
     async def delete_records(self, topic: str, partition: int, before_offset: int) -> DeletedRecords:
         """Deletes the records of a partition below an offset: they cannot be read any more, and objects that hold
         nothing else are deleted later. Returns the new start of the log. Idempotent. Raises UnknownTopic,

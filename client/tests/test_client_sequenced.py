@@ -1,6 +1,7 @@
 """Numbered streams: SequencedWriter over the real cluster, with faults of the way to it."""
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +16,11 @@ from shproto.errors import (
     ProducerFenced,
     SequenceGap,
     Unavailable,
+    UnknownProducer,
     UnknownTopic,
 )
-from streamhouse.sequenced import SequencedWriter, new_producer_id, sequenced_writer
+from streamhouse import Admin, sync
+from streamhouse.sequenced import SequencedProducer, SequencedWriter, new_producer_id, sequenced_writer
 
 from tests.platform.cluster import Cluster
 
@@ -200,3 +203,70 @@ async def test_two_epochs_at_once_write_one_stream(platform: Cluster, address: s
     found = await there(platform)
     assert found == list(range(len(found)))
     assert len(found) >= 200
+
+
+async def test_who_takes_a_name_over_goes_on_where_the_zombie_was_stopped(platform: Cluster, address: str) -> None:
+    await platform.create_topic("t")
+    async with SequencedProducer(address, "sink/t", acks="wal") as zombie:
+        old = zombie.writer("t", 0)
+        assert (await old.fence()).next_sequence == 0
+        await write(old, 0, 7)
+        async with SequencedProducer(address, "sink/t", acks="wal") as successor:
+            assert successor.producer_id == zombie.producer_id
+            assert (zombie.producer_epoch, successor.producer_epoch) == (1, 2)
+            await write(old, 7, 9)  # not fenced yet, so what it writes counts
+            new = successor.writer("t", 0)
+            fence = await new.fence()
+            assert (fence.last_sequence, fence.last_offset) == (8, 8)
+            with pytest.raises(ProducerFenced) as refused:
+                await write(old, 9, 12)
+            assert (refused.value.details["offered"], refused.value.details["held"]) == ("1", "2")
+            with pytest.raises(ProducerFenced):
+                await old.fence()
+            await write(new, fence.next_sequence, 12)
+    assert await there(platform) == list(range(12))
+
+
+async def test_a_take_over_without_an_answer_is_repeated(platform: Cluster, address: str) -> None:
+    platform.faults.fail("init_producer", Unavailable("away"), 2)
+    async with SequencedProducer(address, "sink/t") as producer:
+        assert producer.producer_epoch >= 1
+    assert platform.faults.calls["init_producer"] == 3
+    platform.faults.fail("init_producer", Unavailable("away"))
+    with pytest.raises(Unavailable, match="timeout_ms = 50"):
+        async with SequencedProducer(address, "sink/t", timeout_ms=50):
+            pass
+
+
+async def test_a_deleted_name_begins_anew(platform: Cluster, address: str) -> None:
+    async with Admin(address) as admin, SequencedProducer(address, "sink/t") as first:
+        assert await admin.delete_producer("sink/t") == first.producer_id
+        with pytest.raises(UnknownProducer, match="no producer 'sink/t'"):
+            await admin.delete_producer("sink/t")
+        async with SequencedProducer(address, "sink/t") as second:
+            assert second.producer_id != first.producer_id
+            assert second.producer_epoch == 1
+
+
+def test_the_synchronous_admin_deletes_a_name(server: Any) -> None:
+    async def take_over() -> int:
+        async with SequencedProducer(server.address, "sink/t") as producer:
+            return producer.producer_id
+
+    producer_id = asyncio.run(take_over())
+    with sync.Admin(server.address) as admin:
+        assert admin.delete_producer("sink/t") == producer_id
+
+
+async def test_a_producer_is_entered_once_and_before_it_writes(address: str) -> None:
+    producer = SequencedProducer(address, "sink/t")
+    with pytest.raises(InvalidArgument, match="async with"):
+        producer.writer("t", 0)
+    async with producer:
+        with pytest.raises(InvalidArgument, match="entered before"):
+            async with producer:
+                pass
+    for name in ("", "x" * 300, "two\nlines"):
+        with pytest.raises(InvalidArgument, match="name"):
+            async with SequencedProducer(address, name):
+                pass

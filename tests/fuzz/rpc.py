@@ -306,7 +306,9 @@ def _coordinator_seeds() -> list[bytes]:
          Call("Coordinator/GetSnapshot", cpb.GetSnapshotRequest()),
          Call("Coordinator/GetStatus", cpb.GetStatusRequest()),
          Call("Coordinator/GetHead", cpb.GetHeadRequest()),
-         Call("Coordinator/InitProducer", cpb.InitProducerRequest())],
+         Call("Coordinator/InitProducer", cpb.InitProducerRequest()),
+         Call("Coordinator/InitProducer", cpb.InitProducerRequest(name="sink")),
+         Call("Coordinator/DeleteProducer", cpb.DeleteProducerRequest(name="sink"))],
     ]  # fmt: skip
     return [encode_calls(calls) for calls in sequences]
 

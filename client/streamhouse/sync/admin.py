@@ -110,6 +110,10 @@ class Admin(PlainContext):
         """Deletes a topic with its records, and returns its id. Raises UnknownTopic."""
         return BACKGROUND.run(self._inner.delete_topic(topic))
 
+    def delete_producer(self, name: str) -> int:
+        """Forgets a named producer, and returns its id. Raises UnknownProducer."""
+        return BACKGROUND.run(self._inner.delete_producer(name))
+
     def delete_records(self, topic: str, partition: int, before_offset: int) -> cluster.DeletedRecords:
         """Deletes the records of a partition below an offset; returns the new start of the log. Raises UnknownTopic,
         UnknownPartition, InvalidArgument."""

@@ -222,7 +222,8 @@ class ProducerNotFenced(StreamHouseError):
 
 class UnknownProducer(StreamHouseError):
     """The producer id was assigned before the metadata was restored from a backup, so that no service can tell if a
-    retry of its batch was written before. Take a new id. details: producer_id, producer_ids_from."""
+    retry of its batch was written before: take a new id. Or there is no producer of this name. details: producer_id,
+    producer_ids_from; name."""
 
     reason, status = "UNKNOWN_PRODUCER", Code.FAILED_PRECONDITION
 

@@ -166,6 +166,15 @@ class _OfSqlTable:
         return f"sql/{self.table}"
 
 
+class _OfProducer:
+    __slots__ = ()
+    name: str
+
+    @property
+    def stream_id(self) -> str:
+        return f"producer/{self.name}"
+
+
 # ---- topics
 
 
@@ -275,6 +284,30 @@ class SqlJobDropped(_OfSqlJob, Event):
     job_id: str
     job: str
     dropped_ms: int
+
+
+# ---- named producers
+
+
+@event_type
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProducerInitialized(_OfProducer, Event):
+    """A writer took over the producer of this name, as its newest epoch. The id stays; epochs begin at 1."""
+
+    name: str
+    producer_id: int
+    producer_epoch: int
+    initialized_ms: int
+
+
+@event_type
+@dataclass(frozen=True, slots=True)
+class ProducerDeleted(_OfProducer, Event):
+    """The name is free: the next producer of this name has another id, and knows nothing of what was written."""
+
+    name: str
+    producer_id: int
+    deleted_ms: int
 
 
 # ---- sessions

@@ -36,6 +36,7 @@ from streamhouse_coordinator.service import (
     housekeeping,
     objects,
     orphaned_ranges,
+    producers,
     pruning,
     reach,
     sessions,
@@ -49,7 +50,7 @@ from streamhouse_coordinator.settings import GROUP_HEARTBEATS
 
 _tracer = trace.get_tracer("streamhouse.coordinator")
 
-# Epoch of a new producer id; the epoch grows when another producer takes the id over.
+# Epoch of a producer without a name, whose id nobody takes over.
 FIRST_PRODUCER_EPOCH = 0
 METADATA_TOPICS_MAX = 10_000
 # Jobs of one worker: each takes memory of its own, far more than a worker has by then.
@@ -199,8 +200,14 @@ class CoordinatorApi:
         return await views.get_metadata(self._clients, list(request.topics))
 
     async def init_producer(self, request: pb.InitProducerRequest) -> pb.InitProducerResponse:
+        if request.name:
+            taken = await producers.init_producer(self._clients, request.name)
+            return pb.InitProducerResponse(producer_id=taken.producer_id, producer_epoch=taken.producer_epoch)
         producer_id = await self._clients.store.next_producer_id()
         return pb.InitProducerResponse(producer_id=producer_id, producer_epoch=FIRST_PRODUCER_EPOCH)
+
+    async def delete_producer(self, request: pb.DeleteProducerRequest) -> pb.DeleteProducerResponse:
+        return pb.DeleteProducerResponse(producer_id=await producers.delete_producer(self._clients, request.name))
 
     async def get_status(self, request: pb.GetStatusRequest) -> pb.GetStatusResponse:
         return await views.get_status(self._clients)

@@ -150,6 +150,9 @@ class CoordinatorSettings(CommonSettings):
     sql_jobs_max: int = Field(
         1_000, ge=1, le=100_000, description="continuous queries; each writes some rows a second to PostgreSQL"
     )
+    named_producers_max: int = Field(
+        10_000, ge=1, le=1_000_000, description="producers that have a name: some 100 bytes each, until deleted"
+    )
     sql_tables_max: int = Field(
         10_000, ge=1, le=1_000_000, description="tables declared for SQL; SQL and query services hold them in memory"
     )

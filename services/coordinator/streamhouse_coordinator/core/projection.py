@@ -136,6 +136,22 @@ def _(event: ev.SqlJobDropped) -> RowOps:
 
 
 @row_ops.register
+def _(event: ev.ProducerInitialized) -> RowOps:
+    row = t.NamedProducerRow(
+        name=event.name,
+        producer_id=event.producer_id,
+        producer_epoch=event.producer_epoch,
+        initialized_ms=event.initialized_ms,
+    )
+    return (Put(t.NAMED_PRODUCERS, row),)
+
+
+@row_ops.register
+def _(event: ev.ProducerDeleted) -> RowOps:
+    return (Remove(t.NAMED_PRODUCERS, {"name": event.name}),)
+
+
+@row_ops.register
 def _(event: ev.SessionOpened) -> RowOps:
     row = t.SessionRow(
         session_id=event.session_id,

@@ -403,6 +403,16 @@ class DeletionRow:
     begun_ms: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedProducerRow:
+    """The newest epoch of a producer that writers take over by its name."""
+
+    name: str
+    producer_id: int
+    producer_epoch: int
+    initialized_ms: int
+
+
 @dataclass(frozen=True, slots=True)
 class SweepRow:
     """Time of the last sweep of a name, by any coordinator."""
@@ -482,6 +492,7 @@ GROUPS = Table(name="groups", row=GroupRow, key=("group_name",), projection=True
 GROUP_MEMBERS = Table(name="group_members", row=GroupMemberRow, key=("group_name", "member_id"), projection=True)
 SQL_JOBS = Table(name="sql_jobs", row=SqlJobRow, key=("job",), projection=True)
 SQL_TABLES = Table(name="sql_tables", row=SqlTableRow, key=("table_name",), projection=True)
+NAMED_PRODUCERS = Table(name="named_producers", row=NamedProducerRow, key=("name",), projection=True)
 
 SESSION_LEASES = Table(name="session_leases", row=SessionLeaseRow, key=("session_id",))
 REACH_REPORTS = Table(name="reach_reports", row=ReachReportRow, key=("session_id", "agent_session_id"))
@@ -547,6 +558,7 @@ PROJECTIONS: tuple[Table[object], ...] = (
     DELETED_TOPICS,
     SQL_TABLES,
     SQL_JOBS,
+    NAMED_PRODUCERS,
 )  # type: ignore[assignment]
 
 
