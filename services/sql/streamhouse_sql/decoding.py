@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 from shproto.errors import StatementLimit
 
+from streamhouse_sql.avro import AvroDecoder
+from streamhouse_sql.core.avro_schema import AvroSchema
 from streamhouse_sql.core.protobuf_schema import project
 from streamhouse_sql.core.tables import BAD, TableColumn, TableDefinition, checked_fields, field_of, shapes_of
 from streamhouse_sql.protobuf import ProtobufDecoder
@@ -77,6 +79,8 @@ def decoder_of(table: TableDefinition, fields: tuple[TableColumn, ...]) -> Decod
     """Returns the decoder of these fields. Raises InvalidStatement for a schema that is not valid."""
     assert table.schema is not None, "a binary format has a schema"
     shapes = shapes_of(fields)
+    if isinstance(table.schema, AvroSchema):
+        return AvroDecoder(table.schema, shapes)
     return ProtobufDecoder(project(table.schema, shapes), [shape for _, shape in shapes])
 
 

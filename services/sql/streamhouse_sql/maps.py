@@ -28,24 +28,26 @@ def with_maps(array: Any, shape: Shape) -> Any:
     assert shape.of is not None, "a list or a map"
     if shape.kind == "list":
         return pa.ListArray.from_arrays(array.offsets, with_maps(array.values, shape.of), mask=array.is_null())
-    keys, values = array.values.field(0), with_maps(array.values.field(1), shape.of)
-    offsets = np.asarray(array.offsets)
+    values = with_maps(array.values.field(1), shape.of)
+    mask = np.asarray(array.is_null()) if array.null_count else None
+    return map_of(np.asarray(array.offsets), array.values.field(0), values, mask)
+
+
+def map_of(offsets: Any, keys: Any, values: Any, is_null: Any) -> Any:
+    """Returns maps of these entries, each of the entries between two of the offsets, a numpy array. `is_null`: of each
+    map, or None."""
     kept = _last_of_each(offsets, keys)
     if len(kept) < len(keys):
-        offsets = np.searchsorted(kept, offsets).astype(np.int32)
+        offsets = np.searchsorted(kept, offsets)
         keys, values = keys.take(pa.array(kept)), values.take(pa.array(kept))
-    mask = array.is_null() if array.null_count else None
-    return pa.MapArray.from_arrays(pa.array(offsets, pa.int32(), mask=_of_offsets(mask)), keys, values)
+    # The offset of a null map is NULL; the last one ends the others.
+    mask = None if is_null is None else np.append(is_null, False)
+    return pa.MapArray.from_arrays(pa.array(offsets, pa.int32(), mask=mask), keys, values)
 
 
 def map_type(kind: Any, shape: Shape) -> Any:
     """Returns the type of `with_maps` for arrays of this type."""
     return with_maps(pa.array([], kind), shape).type
-
-
-def _of_offsets(mask: Any) -> Any:
-    """Returns the mask of offsets that make a map NULL; the last one ends the others."""
-    return None if mask is None else np.append(np.asarray(mask), False)
 
 
 def _last_of_each(offsets: Any, keys: Any) -> Any:

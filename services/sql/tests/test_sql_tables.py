@@ -70,7 +70,7 @@ def test_drop_table_is_read() -> None:
         ("CREATE TABLE t (a INT)", "WITH needs the topic: WITH (topic = '…')"),
         ("CREATE TABLE t (a INT) WITH (topic = '')", "WITH needs the topic"),
         ("CREATE TABLE t (a INT) WITH (topic = 't', topics = 'u')", "WITH has no option 'topics'"),
-        ("CREATE TABLE t (a INT) WITH (topic = 't', format = 'avro')", "format is 'avro', must be one of json, text"),
+        ("CREATE TABLE t (a INT) WITH (topic = 't', format = 'orc')", "format is 'orc', must be one of json, text"),
         ("CREATE TABLE t (a INT) WITH (topic = 't', bad_rows = 'x')", "bad_rows is 'x', must be one of fail, skip"),
         ("CREATE TABLE t (a INT) WITH (topic = 5)", "option topic must be a text"),
         ("CREATE TABLE t (a INT, A INT) WITH (topic = 't')", "column A is given twice"),

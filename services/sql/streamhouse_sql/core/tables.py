@@ -13,20 +13,25 @@ from dataclasses import dataclass
 from shproto.errors import InvalidStatement
 from sqlglot import exp
 
-from streamhouse_sql.core import csv_rows, protobuf_schema
+from streamhouse_sql.core import avro_schema, csv_rows, protobuf_schema
+from streamhouse_sql.core.avro_schema import AvroSchema
 from streamhouse_sql.core.columns import RECORD_COLUMNS
 from streamhouse_sql.core.csv_rows import CsvOptions, csv_options, is_malformed, lines_of, text_of
 from streamhouse_sql.core.dialect import StreamHouse
 from streamhouse_sql.core.protobuf_schema import ProtobufSchema
 from streamhouse_sql.core.shapes import Shape, shape_of
 
-FORMATS = ("json", "text", "csv", "protobuf")
+FORMATS = ("json", "text", "csv", "avro", "protobuf")
 # Decoded to Arrow before the engine; the others by SQL.
-BINARY_FORMATS = ("protobuf",)
+BINARY_FORMATS = ("avro", "protobuf")
 # Fate of a record whose value does not parse, or does not fit its columns.
 BAD_ROWS = ("fail", "skip")
 # Options that one format has.
-FORMAT_OPTIONS = dict.fromkeys(csv_rows.OPTIONS, "csv") | dict.fromkeys(protobuf_schema.OPTIONS, "protobuf")
+FORMAT_OPTIONS = {
+    **dict.fromkeys(csv_rows.OPTIONS, "csv"),
+    **dict.fromkeys(avro_schema.OPTIONS, "avro"),
+    **dict.fromkeys(protobuf_schema.OPTIONS, "protobuf"),
+}
 COLUMNS_MAX = 1_000
 # Names of METADATA columns: Kafka's connector for Flink calls the parts of a record so.
 METADATA = {
@@ -68,7 +73,7 @@ class TableDefinition:
     text: str
     primary_key: tuple[str, ...] = ()
     csv: CsvOptions | None = None
-    schema: ProtobufSchema | None = None
+    schema: AvroSchema | ProtobufSchema | None = None
 
     def column(self, name: str) -> TableColumn | None:
         """Returns the column, or None; case does not matter."""
@@ -121,11 +126,22 @@ def define(tree: exp.Create) -> TableDefinition:
         text=tree.sql(StreamHouse),
         primary_key=() if key is None else _primary_key(key, columns),
         csv=csv_options(options) if options["format"] == "csv" else None,
-        schema=protobuf_schema.protobuf_schema(options) if options["format"] == "protobuf" else None,
+        schema=_schema(options),
     )
-    if definition.schema is not None:
+    if isinstance(definition.schema, AvroSchema):
+        avro_schema.wanted(definition.schema, shapes_of(definition.fields))
+    elif definition.schema is not None:
         protobuf_schema.project(definition.schema, shapes_of(definition.fields))
     return definition
+
+
+def _schema(options: dict[str, str]) -> AvroSchema | ProtobufSchema | None:
+    match options["format"]:
+        case "avro":
+            return avro_schema.avro_schema(options)
+        case "protobuf":
+            return protobuf_schema.protobuf_schema(options)
+    return None
 
 
 def _refuse_clauses(tree: exp.Create) -> None:
