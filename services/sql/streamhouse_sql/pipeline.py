@@ -36,7 +36,8 @@ from streamhouse_sql.core.continuous.options import options_of
 from streamhouse_sql.core.continuous.plan import planned
 from streamhouse_sql.core.continuous.statements import ContinuousQuery
 from streamhouse_sql.core.continuous.watermark import Watermarks, crossed
-from streamhouse_sql.core.tables import TableDefinition
+from streamhouse_sql.core.tables import TableDefinition, record_columns_of
+from streamhouse_sql.decoding import decode_table
 from streamhouse_sql.ports import JobEngine
 
 # Before any watermark: below every event time.
@@ -50,6 +51,10 @@ _BAD = _PLACES.append(pa.field("reason", pa.string()))
 PLACES_MAX = 10_000
 # State whose rows are only ever added is put together again once it has so many more of them than after the last time.
 COMPACTION_ROWS_MIN = 10_000
+# Steps after which the state is measured again, and put together where it has grown: a statement costs 1-2 ms. Their
+# number is part of the state, so that the same steps put the same rows together.
+SIZES_STEPS = 16
+_STEPS = "steps"
 # A fraction of the time to live: state is forgotten so much later at most, and is not scanned in every step.
 EXPIRY_PART = 16
 _BAD_ROW = re.compile(r"(?P<topic>.*)/(?P<partition>\d+): the value at offset (?P<offset>\d+) ")
@@ -61,7 +66,8 @@ class Step:
 
     `rows`: the output columns; of a changelog the first column is `_op` (-1: the row is no longer there, +1: it is
     new). `late`, `bad`: places of rows that were left out (topic, partition, offset, and of bad ones the reason), at
-    most PLACES_MAX. `state_rows`: by table; `state_bytes`: memory of the instance.
+    most PLACES_MAX. `state_rows`: by table, `state_bytes`: memory of the instance, both
+    as they were at most SIZES_STEPS steps ago.
     """
 
     rows: pa.Table
@@ -99,7 +105,10 @@ def plan_job(
 def _plan_of(found: Compiled, options: Options, version: str) -> JobPlan:
     unbounded = [info for info in found.state if not info.is_bounded]
     warnings = [
-        f"{info.operator} keeps {info.holds}, which nothing bounds; WITH (state_ttl = '…') does" for info in unbounded
+        "the view keeps its whole result, which nothing bounds"
+        if info.operator == "result"
+        else f"{info.operator} keeps {info.holds}, which nothing bounds; WITH (state_ttl = '…') does"
+        for info in unbounded
     ]
     return JobPlan(
         inputs=found.inputs,
@@ -142,8 +151,7 @@ class Pipeline:
         self._state_bytes = 0
 
     def _make_state(self) -> None:
-        for name, empty in self._empty.items():
-            self._engine.add_table(self._raw(name), empty)
+        self._read({})
         numbers = _numbers(None, None, 0)
         for source in self._program.sources:
             if source.table:
@@ -151,9 +159,16 @@ class Pipeline:
         for op in self._program.ops:
             if op.at_start or op.guard is None:
                 self._engine.run(_with(op.sql, numbers))
+        self._none = self._engine.fetch(f"SELECT * FROM ({_with(self._program.output, numbers)}) LIMIT 0")
 
-    def _raw(self, name: str) -> str:
-        return next(source.raw for source in self._program.sources if source.input == name)
+    def _read(self, inputs: Mapping[str, pa.Table]) -> None:
+        """Makes the records of the inputs readable, those of binary formats decoded."""
+        for source in self._program.sources:
+            records = inputs.get(source.input, self._empty[source.input])
+            if source.binary is not None:
+                needed = record_columns_of(source.binary, source.fields, source.hidden)
+                records = decode_table(source.binary, records.select(needed), source.fields)
+            self._engine.add_table(source.raw, records)
 
     def output_columns(self) -> list[tuple[str, str]]:
         """Returns (name, DuckDB type) of the result's columns, without `_op`."""
@@ -170,8 +185,7 @@ class Pipeline:
         Raises StatementFailed, StatementLimit, DataLoss, Interrupted, after which the pipeline is as before the call.
         """
         self._check(inputs)
-        for name, records in inputs.items():
-            self._engine.add_table(self._raw(name), records)
+        self._read(inputs)
         try:
             self._engine.run("BEGIN")
             try:
@@ -183,8 +197,7 @@ class Pipeline:
         except StatementFailed as error:
             raise _with_place(error) from error
         finally:
-            for name in inputs:
-                self._engine.add_table(self._raw(name), self._empty[name])
+            self._read({})
         self._watermarks, self._marks, self._state_rows = watermarks, marks, state_rows
         return step
 
@@ -239,10 +252,12 @@ class Pipeline:
         expired = self._expire(marks, now_us)
         if has_rows or after != before or expired:
             rows = self._run(_numbers(before, after, now_us), before, after)
-            self._compact(marks)
-            state_rows, self._state_bytes = self._sizes()
+            marks[_STEPS] = marks.get(_STEPS, 0) + 1
+            if marks[_STEPS] % SIZES_STEPS == 1 or SIZES_STEPS == 1:
+                state_rows, self._state_bytes = self._sizes()
+                self._compact(marks, state_rows)
         if rows is None:
-            rows = self._none()
+            rows = self._none
         step = Step(
             rows=rows,
             watermark_us=after,
@@ -281,9 +296,6 @@ class Pipeline:
         (row,) = self._engine.fetch(f"SELECT {counts}{memory}").to_pylist()
         size_bytes = row.pop("memory")
         return row, size_bytes
-
-    def _none(self) -> pa.Table:
-        return self._engine.fetch(f"{_with(self._program.output, _numbers(None, None, 0))} LIMIT 0")
 
     def _bad(self, source: SourceProgram, records: int) -> tuple[int, pa.Table]:
         """Returns number and places of the records that the table's policy left out."""
@@ -337,18 +349,18 @@ class Pipeline:
                 looked = True
         return looked
 
-    def _compact(self, marks: dict[str, int]) -> None:
+    def _compact(self, marks: dict[str, int], state_rows: dict[str, int]) -> None:
         """Puts the rows of states together that are only ever added."""
         for table, merged in self._program.compactions:
             name = f"compacted {table}"
-            rows = int(self._engine.fetch(f"SELECT count(*) AS n FROM {table}")["n"][0].as_py())
-            if rows <= 2 * marks.get(name, 0) + COMPACTION_ROWS_MIN:
+            if state_rows[table] <= 2 * marks.get(name, 0) + COMPACTION_ROWS_MIN:
                 continue
             self._engine.run(f"CREATE OR REPLACE TEMP TABLE compacted AS {merged}")
             self._engine.run(f"DELETE FROM {table}")
             self._engine.run(f"INSERT INTO {table} SELECT * FROM compacted")
             self._engine.run("DROP TABLE compacted")
             marks[name] = int(self._engine.fetch(f"SELECT count(*) AS n FROM {table}")["n"][0].as_py())
+            state_rows[table] = marks[name]
 
     # ---- state
 

@@ -183,7 +183,7 @@ def _window(call: Sequence[Token], text: str) -> Window:
     table, keys = _table(function, given["DATA"], text)
     if keys and function != "SESSION":
         raise InvalidStatement(f"{function}: PARTITION BY is not supported; SESSION has it", clause="PARTITION BY")
-    sizes = {name: _microseconds(function, name, _text(given[name], text)) for name in names[2:] if name in given}
+    sizes = {name: microseconds(function, name, _text(given[name], text)) for name in names[2:] if name in given}
     _check_sizes(function, sizes)
     return Window(function=function, table=table, time=_time(function, given["TIMECOL"]), sizes=sizes, keys=keys)
 
@@ -245,7 +245,7 @@ def _quoted(name: Token) -> str:
     return '"' + name.text.replace('"', '""') + '"'
 
 
-def _microseconds(function: str, name: str, text: str) -> int:
+def microseconds(function: str, name: str, text: str) -> int:
     """Returns the length of an interval of fixed length. Raises InvalidStatement."""
     try:
         node: exp.Expr = exp.maybe_parse(text, dialect=StreamHouse)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from streamhouse_sql.core.continuous.model import WEIGHT, Expiry, Guard, Op, StateInfo
@@ -26,7 +26,8 @@ class Relation:
     """The change of a node's rows. `sql`: a SELECT of `columns`, the `hidden` ones, and the weight of a changelog.
     `key`: columns that identify a row, None if none do. `guard`: the change is empty in micro-batches that it does not
     let run. `sort`: columns that come first in the order of the result. `is_ordered`: rows come in the order of the
-    records."""
+    records. `windows`: the window's name of columns that are of the window that has ended. `is_final`: all rows are of
+    windows that have ended."""
 
     sql: str
     columns: tuple[str, ...]
@@ -36,6 +37,8 @@ class Relation:
     guard: Guard | None = None
     sort: tuple[str, ...] = ()
     is_ordered: bool = False
+    windows: Mapping[str, str] = field(default_factory=dict)
+    is_final: bool = False
 
     def all_columns(self) -> list[str]:
         """Returns the names of all columns, those of ours behind the node's."""

@@ -17,7 +17,7 @@ from shproto.errors import InvalidStatement
 from streamhouse_sql.core.columns import COLUMN_NAMES
 from streamhouse_sql.core.continuous.build import Builder, Options, Relation, kept_result, listed
 from streamhouse_sql.core.continuous.event_time import Below, bare, hidden_of, in_windows, names_window, window_below
-from streamhouse_sql.core.continuous.groups import closed, grouped
+from streamhouse_sql.core.continuous.groups import at_once, closed, grouped
 from streamhouse_sql.core.continuous.model import (
     INPUT,
     OFFSET,
@@ -30,9 +30,11 @@ from streamhouse_sql.core.continuous.model import (
     StateInfo,
 )
 from streamhouse_sql.core.continuous.names import quoted
-from streamhouse_sql.core.continuous.nodes import Group, Join, Node, Scan, Select, Union, Windowed, sources_of
+from streamhouse_sql.core.continuous.nodes import Group, Join, Node, Scan, Select, TopN, Union, Windowed, sources_of
+from streamhouse_sql.core.continuous.pairs import pairs
 from streamhouse_sql.core.continuous.sessions import sessions
-from streamhouse_sql.core.tables import needed_columns, record_columns_of, select_of
+from streamhouse_sql.core.continuous.top_n import top_n
+from streamhouse_sql.core.tables import BINARY_FORMATS, needed_columns, record_columns_of, select_of
 
 # Hidden columns of a relation whose rows are records: the place that breaks ties.
 _PLACE = (INPUT, PARTITION, OFFSET)
@@ -72,7 +74,8 @@ class _Compiler:
         self._reads = Counter(_key_of(found) for found in nodes if isinstance(found, Scan))
         self._shared: dict[int, Relation] = {}
         self._uses_time = any(
-            isinstance(found, Windowed) or (isinstance(found, Join) and found.interval) for found in nodes
+            isinstance(found, Windowed) or (isinstance(found, Join) and (found.interval or found.as_of))
+            for found in nodes
         )
         self._needs_order = any(
             isinstance(found, Group) and any(call.is_ordered for _, call in found.aggregates) for found in nodes
@@ -82,7 +85,7 @@ class _Compiler:
     def compile(self, node: Node) -> Compiled:
         """Returns the program of the node's result."""
         result = self.relation(node)
-        if self._builder.options.emit_on_close and result.guard is None:
+        if self._builder.options.emit_on_close and not result.is_final:
             raise InvalidStatement(
                 "EMIT ON WINDOW CLOSE needs GROUP BY over TUMBLE, HOP, CUMULATE or SESSION",
                 clause="EMIT ON WINDOW CLOSE",
@@ -95,6 +98,11 @@ class _Compiler:
                 )
             result = _renamed(result, names)
         output, view = self._output(result)
+        if self._builder.options.ttl_us and not self._builder.expiries:
+            raise InvalidStatement(
+                "state_ttl has no effect: the query keeps no state that is forgotten when it does not change",
+                clause="state_ttl",
+            )
         program = Program(
             sources=tuple(self._sources.values()),
             ops=tuple(self._builder.ops),
@@ -142,6 +150,10 @@ class _Compiler:
                 found = self._windowed(node, is_bare=False)
             case Group():
                 found = self._group(node)
+            case TopN():
+                found = self._top_n(node)
+            case Join():
+                found = pairs(self._builder, node, self.relation(node.left), self.relation(node.right))
             case _:
                 raise InvalidStatement(f"{type(node).__name__} is not supported in a continuous query")
         if self._uses[id(node)] > 1 and not isinstance(node, Scan):
@@ -167,7 +179,7 @@ class _Compiler:
     def _source(self, node: Scan, key: tuple[str, str]) -> SourceProgram:
         needed = self._scans[key]
         number = len(self._sources)
-        raw, table = f"raw_{list(dict.fromkeys([*self._inputs, node.topic])).index(node.topic)}", node.table
+        raw, table = f"raw_{number}", node.table
         parts = [name for name in COLUMN_NAMES if name in needed or name in ("_partition", "_offset")]
         place = [
             f"{number} AS {quoted(INPUT)}",
@@ -184,6 +196,7 @@ class _Compiler:
             shown = [quoted(name) for name in parts if name in needed]
             decode = f"SELECT {', '.join([*shown, *place])} FROM {raw}"
             record_columns: Sequence[str] = parts
+            fields, hidden = [], []
         else:
             fields = needed_columns(table, {name.lower() for name in needed})
             hidden = [name for name in parts if name not in {column.name for column in table.columns}]
@@ -195,6 +208,7 @@ class _Compiler:
             record_columns = record_columns_of(table, fields, hidden)
         self._inputs.setdefault(node.topic, set()).update({*record_columns, "_partition", "_offset"})
         counts = table is not None and table.bad_rows == "skip"
+        binary = table if table is not None and table.format in BINARY_FORMATS else None
         return SourceProgram(
             name=table.name if table is not None else node.topic,
             input=node.topic,
@@ -206,6 +220,9 @@ class _Compiler:
             time=f"epoch_us({quoted(watermark[0])})" if watermark else "",
             counts_bad_rows=counts,
             partitions=self._topics[node.topic],
+            binary=binary,
+            fields=tuple(fields),
+            hidden=tuple(hidden),
         )
 
     def _select(self, node: Select) -> Relation:
@@ -229,6 +246,7 @@ class _Compiler:
             columns=node.columns,
             key=key,
             sort=tuple(shown[quoted(name)] for name in source.sort if quoted(name) in shown),
+            windows={shown[quoted(name)]: of for name, of in source.windows.items() if quoted(name) in shown},
         )
 
     def _windowed(self, node: Windowed, *, is_bare: bool) -> Relation:
@@ -251,6 +269,8 @@ class _Compiler:
         on_close = self._builder.options.emit_on_close
         if below is None:
             source = self.relation(node.source)
+            if on_close and source.windows:
+                return at_once(self._builder, node, source)
             if on_close:
                 raise InvalidStatement(
                     "EMIT ON WINDOW CLOSE needs GROUP BY over TUMBLE, HOP, CUMULATE or SESSION",
@@ -269,6 +289,17 @@ class _Compiler:
         if on_close:
             return closed(self._builder, node, source, below, is_sliced=is_sliced)
         return self._kept_group(node, source, below)
+
+    def _top_n(self, node: TopN) -> Relation:
+        below = window_below(node.source)
+        end = ""
+        if below is not None:
+            names = {of: name for name, of in below.names.items() if quoted(name) in node.partition}
+            if "window_end" in names:
+                end = f"epoch_us({quoted(names['window_end'])})"
+            elif "window_start" in names and below.node.window.function in ("TUMBLE", "HOP"):
+                end = f"epoch_us({quoted(names['window_start'])}) + {below.node.window.sizes['SIZE']}"
+        return top_n(self._builder, node, self.relation(node.source), end)
 
     def _kept_group(self, node: Group, source: Relation, below: Below | None) -> Relation:
         """Returns the group's changes. The state is the result of a view that shows nothing else."""
@@ -306,6 +337,7 @@ class _Compiler:
             is_changelog=is_changelog,
             guard=guards.pop() if len(guards) == 1 else None,
             is_ordered=all(side.is_ordered for side in sides),
+            is_final=all(side.is_final for side in sides),
         )
 
     # ---- result
@@ -369,4 +401,5 @@ def _renamed(relation: Relation, names: Sequence[str]) -> Relation:
         columns=tuple(names),
         key=tuple(given[name] for name in relation.key) if relation.key is not None else None,
         sort=tuple(given[name] for name in relation.sort),
+        windows={given[name]: of for name, of in relation.windows.items()},
     )

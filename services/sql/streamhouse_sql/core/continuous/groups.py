@@ -7,7 +7,7 @@ late can be in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shproto.errors import InvalidStatement
@@ -325,7 +325,53 @@ def closed(builder: Builder, node: Group, source: Relation, below: Below, *, is_
     for table in (state, *(sets.tables if sets is not None else ())):
         builder.do(f"DELETE FROM {table} WHERE {slices.over}", guard)
     key, sort = key_of(node, windows)
-    return Relation(sql=f"SELECT * FROM {change}", columns=node.columns, key=key, guard=guard, sort=sort)
+    return Relation(
+        sql=f"SELECT * FROM {change}",
+        columns=node.columns,
+        key=key,
+        guard=guard,
+        sort=sort,
+        windows=shown_windows(node, windows),
+        is_final=True,
+    )
+
+
+def shown_windows(node: Group, windows: Mapping[str, str]) -> dict[str, str]:
+    """Returns the window's names of the columns that show keys of the window."""
+    return {name: windows[sql[1:-1]] for name, sql in node.items if sql[1:-1] in windows and sql[0] == '"'}
+
+
+def at_once(builder: Builder, node: Group, source: Relation) -> Relation:
+    """Returns the groups of rows of windows that have ended, all of which come in one micro-batch."""
+    windows = {name: source.windows[sql[1:-1]] for name, sql in node.keys if sql[1:-1] in source.windows}
+    if not windows:
+        raise InvalidStatement(
+            "GROUP BY over windows that have ended needs a column of the window", clause="EMIT ON WINDOW CLOSE"
+        )
+    builder.operators.append(f"{_shown(node)} of each window, when it ends")
+    keys = [f"{sql} AS {quoted(name)}" for name, sql in node.keys]
+    columns = columns_of(node, weighted=False)
+    partials = []
+    for name, part in columns.parts:
+        call = next((call for own, call in node.aggregates if call.distinct and name == f"{own}p0"), None)
+        where = f" FILTER (WHERE {call.where})" if call is not None and call.where else ""
+        partial = part.partial if call is None else f"count(DISTINCT {call.arguments[0]}){where}"
+        partials.append(f"{partial} AS {quoted(name)}")
+    by = ", ".join(str(at) for at in range(1, len(keys) + 1))
+    rows = f"SELECT {', '.join([*keys, *partials])} FROM ({source.sql}) GROUP BY {by}"
+    inner = ", ".join([*map(quoted, columns.keys), *columns.values("")])
+    items = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in node.items)
+    having = f" WHERE {node.having}" if node.having else ""
+    key, sort = key_of(node, windows)
+    return Relation(
+        sql=f"SELECT {items} FROM (SELECT {inner} FROM ({rows})){having}",
+        columns=node.columns,
+        key=key,
+        guard=source.guard,
+        sort=sort,
+        windows=shown_windows(node, windows),
+        is_final=True,
+    )
 
 
 def _shown_windows(windows: dict[str, str], below: Below) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from streamhouse_sql.core.tables import TableColumn, TableDefinition
+
 # Columns of ours beside those of a relation; no column of a user's can have such a name.
 WEIGHT = "#w"  # +1: the row is new, -1: it is no longer there
 PARTITION = "#p"
@@ -68,7 +70,8 @@ class Op:
 class SourceProgram:
     """Decoding of an input for a table. `decode`: a SELECT over `raw`, the records; None of its rows is left out but
     bad ones. `table`: the table of this micro-batch it is put into, empty if it is part of other statements.
-    `watermark`: expression of the watermark that a row gives, `time`: of its event time; both in us, empty without."""
+    `watermark`: expression of the watermark that a row gives, `time`: of its event time; both in us, empty without.
+    `binary`: the table whose `fields` are decoded before the engine sees them, beside the record's `hidden` parts."""
 
     name: str
     input: str
@@ -80,6 +83,9 @@ class SourceProgram:
     time: str = ""
     counts_bad_rows: bool = False
     partitions: int = 0
+    binary: TableDefinition | None = None
+    fields: tuple[TableColumn, ...] = ()
+    hidden: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

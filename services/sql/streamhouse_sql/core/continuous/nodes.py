@@ -73,13 +73,14 @@ class Group:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopN:
     """The first `limit` rows of each partition of a source. `order`: terms of ORDER BY. `rank`: name of the column with
-    the row's number, empty without one."""
+    the row's number, empty without one. `function`: row_number, rank or dense_rank."""
 
     source: Node
     partition: tuple[str, ...]
     order: tuple[str, ...]
     limit: int
     rank: str = ""
+    function: str = "row_number"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -102,17 +103,18 @@ class Union:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Join:
     """Pairs of rows. `keys`: (left, right) expressions that are equal; `where`: the rest of the condition, over both
-    sides' columns. `names`: of the left side's and then the right side's columns, which may have names twice.
-    `interval`: (least, greatest) right time less left time in us, of an interval join. `as_of`: left time column of a
-    temporal join; `is_outer`: of it, rows without a partner are kept."""
+    sides' columns. `names`: of the left side's and then the right side's columns behind the join. `times`: their event
+    times, empty without. `interval`: (least, greatest) right time less left time in us, of an interval join. `as_of`:
+    left time column of a temporal join; `is_outer`: of it, rows without a partner are kept."""
 
     left: Node
     right: Node
     keys: tuple[tuple[str, str], ...]
     where: str
     names: tuple[tuple[str, ...], tuple[str, ...]]
+    times: tuple[str, str] = ("", "")
     interval: tuple[int, int] | None = None
-    as_of: bool = False
+    as_of: str = ""
     is_outer: bool = False
 
     @property
@@ -140,5 +142,13 @@ def identity(node: Node) -> tuple[tuple[str, str], ...]:
     """Returns the columns of a node as items of a Select around it; of a scan those that are needed."""
     if isinstance(node, Windowed):
         return (*identity(node.source), *((name, f'"{name}"') for name in WINDOW_COLUMNS))
+    if isinstance(node, Join):
+        needed = [{name for name, _ in identity(side)} for side in (node.left, node.right)]
+        return tuple(
+            (name, '"' + name.replace('"', '""') + '"')
+            for side, names, known in zip((node.left, node.right), node.names, needed, strict=True)
+            for column, name in zip(side.columns, names, strict=True)
+            if column in known
+        )
     columns = [name for name in node.columns if not isinstance(node, Scan) or name in node.needed]
     return tuple((name, '"' + name.replace('"', '""') + '"') for name in columns)

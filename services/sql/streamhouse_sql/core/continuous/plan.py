@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from shproto.errors import InvalidStatement
 from sqlglot import exp
 
 from streamhouse_sql.core.columns import COLUMN_NAMES
 from streamhouse_sql.core.continuous.aggregates import Aggregate, aggregate_of, has_aggregate, uses_time
-from streamhouse_sql.core.continuous.joins import joined
+from streamhouse_sql.core.continuous.joins import Tables, joined
 from streamhouse_sql.core.continuous.names import Scope, check_marks, conjuncts, quoted, resolved, written
 from streamhouse_sql.core.continuous.nodes import (
     Group,
@@ -46,6 +47,7 @@ def planned(query: ContinuousQuery, topics: Mapping[str, int], tables: Mapping[s
     check_marks(query.text)
     try:
         node = _Planner(query, topics, tables).query(query.tree, {})
+        _limited(None, node)
         for name in node.columns:
             if name.startswith(_UNNAMED) and not query.columns:
                 raise InvalidStatement(f"column {name.removeprefix(_UNNAMED)} needs a name: … AS name", clause="AS")
@@ -122,16 +124,8 @@ class _Planner:
         where = tree.args.get("where")
         if where is not None and has_aggregate(where):
             raise InvalidStatement("an aggregate is not supported in WHERE; HAVING has them", clause="WHERE")
-        condition, limits = _without_limits(where.this if where is not None else None, source)
+        condition, source = _limited(where.this if where is not None else None, source)
         kept = written(resolved(condition, scope)) if condition is not None else ""
-        if isinstance(source, TopN) and limits is not None:
-            source = TopN(
-                source=source.source, partition=source.partition, order=source.order, limit=limits, rank=source.rank
-            )
-        elif isinstance(source, TopN) and source.limit < 0:
-            raise InvalidStatement(
-                f"row_number() needs a limit in the query around it: WHERE {source.rank} <= n", clause="row_number"
-            )
         source = self._unnested(source, unnests)
         grouping = tree.args.get("group") is not None or tree.args.get("having") is not None
         if grouping or any(has_aggregate(item) for _, item in items):
@@ -179,28 +173,20 @@ class _Planner:
             filtered = Select(source=source, items=identity(source), where=where)
         partition, order = _top_n_terms(window, scope)
         # The number has a name that no column has, until the items give it theirs.
-        top = TopN(source=filtered, partition=partition, order=order, limit=limit, rank="#rank" if rank else "")
+        function = window.this.name.lower()
+        top = TopN(
+            source=filtered,
+            partition=partition,
+            order=order,
+            limit=limit,
+            rank="#rank" if rank else "",
+            function=function,
+        )
         shown = tuple(
             (name, quoted("#rank") if isinstance(item, exp.Window) else written(resolved(item, scope)))
             for name, item in items
         )
-        if limit >= 0:
-            return Select(source=top, items=shown)
-        # The limit comes in the query around this one.
-        inner = Select(source=filtered, items=tuple((n, sql) for n, sql in shown if sql != quoted("#rank")))
-        names = {sql: name for name, sql in inner.items}
-        for term in (*partition, *(term.rsplit(" NULLS ", 1)[0].rsplit(" ", 1)[0] for term in order)):
-            if term not in names:
-                raise InvalidStatement(
-                    f"{term} of row_number() must be a column of the same SELECT", clause="row_number"
-                )
-        return TopN(
-            source=inner,
-            partition=tuple(quoted(names[term]) for term in partition),
-            order=tuple(_renamed(term, names) for term in order),
-            limit=-1,
-            rank=rank,
-        )
+        return Select(source=top, items=shown)
 
     def _group(
         self, tree: exp.Select, source: Node, scope: Scope, items: Sequence[tuple[str, exp.Expr]], where: str
@@ -248,15 +234,13 @@ class _Planner:
 
     # ---- FROM
 
-    def _from(
-        self, tree: exp.Select, ctes: Ctes
-    ) -> tuple[Node, list[tuple[str, Mapping[str, str]]], list[tuple[str, exp.Expr, Scope]]]:
+    def _from(self, tree: exp.Select, ctes: Ctes) -> tuple[Node, Tables, list[tuple[str, exp.Expr, Scope]]]:
         """Returns the source of a SELECT, its columns by table, and lists to unnest."""
         from_ = tree.args.get("from_")
         if from_ is None:
             raise InvalidStatement("a continuous query needs FROM: the topic that it reads", clause="FROM")
         alias, source = self._table(from_.this, ctes)
-        tables: list[tuple[str, Mapping[str, str]]] = [(alias, {name.lower(): name for name in source.columns})]
+        tables: Tables = [(alias, {name.lower(): name for name in source.columns})]
         unnests: list[tuple[str, exp.Expr, Scope]] = []
         for join in tree.args.get("joins") or ():
             if isinstance(join.this, exp.Unnest):
@@ -267,7 +251,8 @@ class _Planner:
             if unnests:
                 raise InvalidStatement("JOIN behind UNNEST is not supported: UNNEST comes last", clause="JOIN")
             right_alias, right = self._table(join.this, ctes)
-            source, tables = joined(source, tables, join, right_alias, right)
+            times = (event_time(source), event_time(right))
+            source, tables = joined(source, tables, join, right_alias, right, times)
         return source, tables, unnests
 
     def _table(self, item: exp.Expr, ctes: Ctes) -> tuple[str, Node]:
@@ -372,6 +357,8 @@ def event_time(node: Node) -> tuple[str, str] | None:
             return first if first is not None and None not in times and len(places) == 1 else None
         case Windowed(source=source):
             return event_time(source)
+        case TopN(source=source):
+            return None
     return None
 
 
@@ -520,28 +507,33 @@ def _limit_of(condition: exp.Expr) -> int | None:
     return None if value < 1 or (isinstance(condition, exp.EQ) and value != 1) else value
 
 
-def _without_limits(condition: exp.Expr | None, source: Node) -> tuple[exp.Expr | None, int | None]:
-    """Returns a condition without the limit of a row_number() of the source, and the limit."""
-    if not isinstance(source, TopN) or source.limit >= 0:
-        return condition, None
+def _limited(condition: exp.Expr | None, source: Node) -> tuple[exp.Expr | None, Node]:
+    """Returns a condition without the limit of a row_number() of the source, and the source with the limit. Raises
+    InvalidStatement if there is none."""
+    if not isinstance(source, Select) or not isinstance(source.source, TopN) or source.source.limit >= 0:
+        return condition, source
+    rank = next(name for name, sql in source.items if sql == quoted("#rank"))
     rest: list[exp.Expr] = []
     limit: int | None = None
     for part in conjuncts(condition):
         found = _limit_of(part)
         left = part.this if found is not None else None
-        if found is not None and isinstance(left, exp.Column) and left.name.lower() == source.rank.lower():
+        if found is not None and isinstance(left, exp.Column) and left.name.lower() == rank.lower():
             limit = found if limit is None else min(limit, found)
         else:
             rest.append(part)
-    return (exp.and_(*rest, copy=True) if rest else None), limit
+    if limit is None:
+        raise InvalidStatement(
+            f"row_number() needs a limit in the query around it: WHERE {rank} <= n", clause="row_number"
+        )
+    limited = replace(source, source=replace(source.source, limit=limit))
+    return (exp.and_(*rest, copy=True) if rest else None), limited
 
 
 def _top_n_terms(window: exp.Expr, scope: Scope) -> tuple[tuple[str, ...], tuple[str, ...]]:
     function = window.this
-    if not isinstance(function, exp.Anonymous | exp.RowNumber) or (
-        isinstance(function, exp.Anonymous) and function.name.lower() != "row_number"
-    ):
-        name = function.name.lower() if isinstance(function, exp.Anonymous) else function.key
+    name = function.name.lower() if isinstance(function, exp.Anonymous) else function.key
+    if name not in ("row_number", "rank", "dense_rank"):
         raise InvalidStatement(f"{name} OVER is not supported; row_number() is, in a top-n", clause=name)
     order = window.args.get("order")
     if window.args.get("spec") or order is None:
@@ -553,8 +545,3 @@ def _top_n_terms(window: exp.Expr, scope: Scope) -> tuple[tuple[str, ...], tuple
         nulls = "FIRST" if term.args.get("nulls_first") else "LAST"
         terms.append(f"{written(resolved(term.this, scope))} {direction} NULLS {nulls}")
     return partition, tuple(terms)
-
-
-def _renamed(term: str, names: Mapping[str, str]) -> str:
-    expression, direction = term.rsplit(" NULLS ", 1)[0].rsplit(" ", 1)
-    return f"{quoted(names[expression])} {direction} NULLS {term.rsplit(' ', 1)[1]}"

@@ -11,7 +11,7 @@ from shproto.errors import InvalidStatement
 
 from streamhouse_sql.core.continuous.build import Builder, Relation, listed, same
 from streamhouse_sql.core.continuous.event_time import Below, timestamp
-from streamhouse_sql.core.continuous.groups import Columns, columns_of, key_of
+from streamhouse_sql.core.continuous.groups import Columns, columns_of, key_of, shown_windows
 from streamhouse_sql.core.continuous.model import AFTER_US, WEIGHT, Guard
 from streamhouse_sql.core.continuous.names import quoted
 from streamhouse_sql.core.continuous.nodes import Group
@@ -55,7 +55,15 @@ def sessions(builder: Builder, node: Group, source: Relation, below: Below) -> R
         rows = f"SELECT * FROM {state} WHERE {has_ended}"
         builder.make(ended, _shown(node, rows, columns, windows, below), _EACH_ADVANCE)
         builder.do(f"DELETE FROM {state} WHERE {has_ended}", _EACH_ADVANCE)
-        return Relation(sql=f"SELECT * FROM {ended}", columns=node.columns, key=key, guard=_EACH_ADVANCE, sort=sort)
+        return Relation(
+            sql=f"SELECT * FROM {ended}",
+            columns=node.columns,
+            key=key,
+            guard=_EACH_ADVANCE,
+            sort=sort,
+            windows=shown_windows(node, windows),
+            is_final=True,
+        )
     builder.do(f"DELETE FROM {state} WHERE {has_ended}", _EACH_ADVANCE)
     before = _shown(node, f"SELECT * FROM {old}", columns, windows, below)
     after = _shown(node, f"SELECT * FROM {merged}", columns, windows, below)
