@@ -45,6 +45,11 @@ class ReadEngine:
     _follower: Follower
     _session: SessionKeeper
 
+    @property
+    def session_token(self) -> str:
+        """Token of the session at the moment; empty while there is none."""
+        return self._session.token
+
     async def start(self, address: str) -> None:
         """Loads the index, then opens the session under which clients find `address`. Waits for a coordinator.
 

@@ -19,7 +19,7 @@ class SqlApi:
     async def execute(self, request: sql_pb2.ExecuteRequest) -> AsyncIterator[sql_pb2.ExecuteResponse]:
         """Yields the result of a statement; the last response has the counts. Raises the errors of
         `SqlService.execute`."""
-        answers = self._service.execute(request.statement, request.timeout_ms)
+        answers = self._service.execute(request.statement, request.timeout_ms, local_views=request.local_views)
         async with contextlib.aclosing(answers):
             async for answer in answers:
                 response = sql_pb2.ExecuteResponse(arrow_stream=answer.arrow_stream)

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +37,15 @@ from streamhouse_sql.arrow import table_of, to_stream
 from streamhouse_sql.catalog import Catalog
 from streamhouse_sql.core.binding import BoundQuery, TopicScan, bind, with_suggestion
 from streamhouse_sql.core.columns import RECORD_COLUMNS
+from streamhouse_sql.core.continuous.statements import (
+    AlterJob,
+    ContinuousQuery,
+    DropJob,
+    ExplainContinuous,
+    JobStatement,
+    ShowJobs,
+    parse_job_statement,
+)
 from streamhouse_sql.core.explain import explained
 from streamhouse_sql.core.parameters import Parameters
 from streamhouse_sql.core.statement import (
@@ -51,6 +60,8 @@ from streamhouse_sql.core.statement import (
     query_of_table,
 )
 from streamhouse_sql.core.tables import TableColumn, TableDefinition
+from streamhouse_sql.jobs.statements import JobStatements
+from streamhouse_sql.jobs.views import Views
 from streamhouse_sql.ports import Engine, Interrupted
 from streamhouse_sql.settings import SqlSettings
 from streamhouse_sql.snapshot import Snapshot, oldest_needed_ms
@@ -58,6 +69,7 @@ from streamhouse_sql.sources import Sources
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+AnyStatement = Statement | JobStatement
 
 # Rows of a batch that DuckDB hands over: eight of its vectors.
 BATCH_ROWS = 16_384
@@ -90,8 +102,18 @@ class Answer:
 class SqlService:
     """Runs statements. `new_engine` opens an engine for a statement. `close` ends those that run."""
 
-    def __init__(self, reads: Reads, catalog: Catalog, settings: SqlSettings, new_engine: Callable[[], Engine]) -> None:
+    def __init__(
+        self,
+        reads: Reads,
+        catalog: Catalog,
+        settings: SqlSettings,
+        new_engine: Callable[[], Engine],
+        jobs: JobStatements,
+        views: Views,
+    ) -> None:
         self.new_engine = new_engine
+        self.views = views
+        self._jobs = jobs
         self._reads = reads
         self._catalog = catalog
         self._settings = settings
@@ -110,8 +132,9 @@ class SqlService:
             await asyncio.wait(self._ends)
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    async def execute(self, text: str, timeout_ms: int) -> AsyncGenerator[Answer]:
-        """Runs a statement, and yields its result in parts; the last has the counts.
+    async def execute(self, text: str, timeout_ms: int, *, local_views: bool = False) -> AsyncGenerator[Answer]:
+        """Runs a statement, and yields its result in parts; the last has the counts. `local_views`: another SQL service
+        asks, for a view that this one has to hold.
 
         Raises InvalidArgument, InvalidStatement, StatementFailed, StatementLimit, StatementTimeout, Overloaded, and the
         errors of reading: DataLoss, Unavailable, OffsetBelowStart.
@@ -121,9 +144,9 @@ class SqlService:
         outcome = "failed"
         try:
             # In a thread: a large text takes its parser a second, in which the loop has others to serve.
-            statement = await asyncio.to_thread(parse, text)
+            statement = await asyncio.to_thread(parse_any, text)
             if isinstance(statement, Query):
-                async with contextlib.aclosing(self._run(statement, began_s, timeout_ms)) as answers:
+                async with contextlib.aclosing(self._run(statement, began_s, timeout_ms, local_views)) as answers:
                     async for answer in answers:
                         yield answer
             else:
@@ -200,11 +223,13 @@ class SqlService:
 
     # ---- statements about topics
 
-    async def _command(self, statement: Statement, began_s: float, timeout_ms: int) -> Any:
+    async def _command(self, statement: AnyStatement, began_s: float, timeout_ms: int) -> Any:
         """Returns the result of a statement that reads no records, as a `pyarrow.RecordBatch`."""
         match statement:
+            case ContinuousQuery() | ExplainContinuous() | DropJob() | AlterJob() | ShowJobs():
+                return await _within(began_s, timeout_ms, self._jobs.run(statement))
             case ShowTables():
-                return self._show_tables()
+                return self._show_tables(await self.views.known())
             case Explain(query):
                 return await self._explain(query, began_s, timeout_ms)
             case Describe(_, Query() as query):
@@ -219,12 +244,13 @@ class SqlService:
                 return _done("DROP TABLE")
         raise AssertionError(f"no command: {statement}")
 
-    def _show_tables(self) -> Any:
+    def _show_tables(self, views: Collection[str]) -> Any:
         topics = self._catalog.topics()
         rows: list[tuple[str, str, str, int | None]]
         rows = [(name, "topic", name, partitions) for name, partitions in topics.items()]
         for name, table in self._catalog.tables().items():
             rows.append((name, "table", table.topic, topics.get(table.topic)))
+        rows += [(name, "view", name, topics.get(name)) for name in views]
         rows.sort(key=lambda row: row[:2])
         names = ("name", "kind", "topic", "partitions")
         columns: dict[str, list[Any]] = {name: [row[i] for row in rows] for i, name in enumerate(names)}
@@ -232,6 +258,8 @@ class SqlService:
         return table_of(columns, types)
 
     async def _describe(self, name: str, began_s: float, timeout_ms: int) -> Any:
+        if (view := (await self.views.known()).get(name.lower())) is not None:
+            return _described([(column, kind, "") for column, kind in view])
         query = query_of_table(name)
         await self._bind(query, self._catalog.tables())
         table = self._catalog.tables().get(name.lower())
@@ -309,15 +337,15 @@ class SqlService:
             raise
         return opened
 
-    async def command(self, statement: Statement, timeout_ms: int = 0) -> Any:
+    async def command(self, statement: AnyStatement, timeout_ms: int = 0) -> Any:
         """Returns the result of a statement that is no query, as a `pyarrow.RecordBatch`. Raises the errors of
         `execute`."""
         return await self._command(statement, time.monotonic(), timeout_ms or self._settings.sql_timeout_ms)
 
-    async def _run(self, query: Query, began_s: float, timeout_ms: int) -> AsyncGenerator[Answer]:
+    async def _run(self, query: Query, began_s: float, timeout_ms: int, local_views: bool) -> AsyncGenerator[Answer]:
         bound = await self._bind(query)
         async with await self._turn(began_s + timeout_ms / 1000, timeout_ms) as run:
-            await run.prepare(bound)
+            await run.prepare(bound, local_views=local_views)
             schema, batches = await self._computed(run, query, None, lambda: run.engine.result(bound.sql, BATCH_ROWS))
             parts = _responses(schema, batches)
             rows = size_bytes = 0
@@ -391,8 +419,15 @@ class SqlService:
 
         async def bound() -> BoundQuery:
             known = self._catalog.tables() if tables is None else tables
+            views = await self.views.known()
             return await asyncio.to_thread(
-                bind, query, self._catalog.topics(), known, parameters, all_columns=all_columns
+                bind,
+                query,
+                self._catalog.topics(),
+                known,
+                parameters,
+                all_columns=all_columns,
+                views=views,
             )
 
         try:
@@ -401,6 +436,7 @@ class SqlService:
             if "name" not in error.details:
                 raise
         await self._catalog.refresh()
+        self.views.changed()
         return await bound()
 
     @property
@@ -436,7 +472,7 @@ class _Run:
         self._timeout_ms = timeout_ms
         self._free_turn = free_turn
         self._thread: asyncio.Future[Any] | None = None
-        self._lookup: asyncio.Future[None] | None = None
+        self._lookup: asyncio.Future[Any] | None = None
         self._engine: Engine | None = None
         self._ended_by: asyncio.Future[StreamHouseError] = asyncio.get_running_loop().create_future()
         self._is_abandoned = False
@@ -462,9 +498,9 @@ class _Run:
         await cancel_and_wait(self._expiry)
         await self._release()
 
-    async def prepare(self, bound: BoundQuery) -> tuple[Snapshot, dict[str, int | None]]:
+    async def prepare(self, bound: BoundQuery, *, local_views: bool = False) -> tuple[Snapshot, dict[str, int | None]]:
         """Opens the instance with a table for each scan. Returns the ends that were taken, and by scan the timestamp
-        in ms below which no record is needed."""
+        in ms below which no record is needed. `local_views`: views of other workers are refused."""
         snapshot = self._service.new_snapshot()
         self._must_go_on()
         self._lookup = asyncio.ensure_future(snapshot.take(bound.scans))
@@ -475,6 +511,11 @@ class _Run:
             oldest_ms[scan.name] = await self.in_thread(self._oldest_needed(scan))
             table = self.sources.table(snapshot.ranges(scan, oldest_ms[scan.name]), scan)
             self.engine.add_table(scan.name, table)
+        for view in bound.views:
+            self._must_go_on()
+            reading = asyncio.ensure_future(self._service.views.table(view.view, is_local=local_views))
+            self._lookup = reading
+            self.engine.add_table(view.name, await self._result(reading))
         return snapshot, oldest_ms
 
     def _open_engine(self) -> None:
@@ -610,6 +651,23 @@ class OpenQuery:
         telemetry.statement_duration_ms.record(_elapsed_ms(self.began_s))
         if run is not None:
             await run.__aexit__()
+
+
+def parse_any(text: str, *, parameters: bool = False) -> AnyStatement:
+    """Returns the statement of a text, about jobs or not. Raises InvalidStatement."""
+    found = parse_job_statement(text)
+    return parse(text, parameters=parameters) if found is None else found
+
+
+async def _within(began_s: float, timeout_ms: int, work: Coroutine[Any, Any, T]) -> T:
+    """Returns the result of `work`. Raises StatementTimeout."""
+    try:
+        async with asyncio.timeout(max(0.0, began_s + timeout_ms / 1000 - time.monotonic())) as timeout:
+            return await work
+    except TimeoutError:
+        if not timeout.expired():
+            raise
+        raise StatementTimeout(f"not done within {timeout_ms} ms", timeout_ms=timeout_ms) from None
 
 
 def _in_daemon(work: Callable[[], T]) -> asyncio.Future[T]:

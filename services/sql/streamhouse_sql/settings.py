@@ -167,6 +167,11 @@ class SqlSettings(ReadSettings):
         description="time in which a worker that stops stores checkpoints of its jobs; the next worker then repeats "
         "nothing",
     )
+    sql_require_bounded_state: bool = Field(
+        False,
+        description="refuse continuous queries whose state nothing bounds but the number of distinct keys; without it "
+        "CREATE warns",
+    )
     sql_view_stale_ms_max: int = Field(
         10_000,
         ge=100,

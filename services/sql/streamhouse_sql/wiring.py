@@ -19,11 +19,16 @@ from shruntime.disk_space import DiskSpace
 from shruntime.memory import MIB
 from shruntime.service import Apis, ServiceContext
 from shruntime.tasks import Tasks
+from shstore import ObjectStore
 from shstore.open import configured_store
 
 from streamhouse_sql.adapters.duck import Duck, DuckLimits, open_temp_dir
 from streamhouse_sql.api import SqlApi
 from streamhouse_sql.catalog import Catalog
+from streamhouse_sql.jobs.statements import JobStatements
+from streamhouse_sql.jobs.views import Views
+from streamhouse_sql.jobs.wiring import build_worker, planner
+from streamhouse_sql.jobs.worker import JobWorker
 from streamhouse_sql.pg_listener import open_listener
 from streamhouse_sql.pgwire.server import PgServer
 from streamhouse_sql.service import SqlService
@@ -45,6 +50,7 @@ class SqlParts:
     _engine: ReadEngine
     _measuring: Mapping[str, Callable[[], Coroutine[None, None, None]]]
     _temp_dir: Path
+    _worker: JobWorker
     _pg: PgServer
     _listen: Callable[[], socket.socket | None]
 
@@ -60,6 +66,7 @@ class SqlParts:
         await self._engine.start(address)
         for name, measure in self._measuring.items():
             self.tasks.spawn(name, measure())
+        self.tasks.spawn("jobs", self._worker.run())
         if (listener := self._listen()) is not None:
             await self._pg.start(listener)
 
@@ -81,6 +88,7 @@ class SqlParts:
         """Ends statements with ShuttingDown, gives the session back. Safe after a failed start."""
         await self._pg.stop()
         await self._service.close()
+        await self._worker.stop()  # while reads and the session are there: checkpoints are stored, jobs given back
         await self._engine.stop()
 
 
@@ -88,10 +96,13 @@ def build(
     settings: SqlSettings,
     coordinator: CoordinatorApi,
     engine: ReadEngine,
+    store: ObjectStore,
+    peers: Peers,
     measuring: Mapping[str, Callable[[], Coroutine[None, None, None]]],
     listen: Callable[[], socket.socket | None],
 ) -> SqlParts:
-    """Returns the service over its read engine; does no I/O. `listen` opens the socket of PostgreSQL's clients, None
+    """Returns the service over its read engine; does no I/O. `store`: of the state of jobs; `peers`: of their output.
+    `listen` opens the socket of PostgreSQL's clients, None
     for none."""
     # sqlglot warns of each statement that it does not know; the refusal names it.
     logging.getLogger("sqlglot").setLevel(logging.ERROR)
@@ -105,11 +116,23 @@ def build(
     catalogue_limits = DuckLimits(
         memory_bytes_max=CATALOGUE_BYTES_MAX, temp_dir=settings.sql_temp_dir, temp_bytes_max=0, threads=1
     )
-    sql = SqlService(engine.reads, Catalog(engine.reads, coordinator), settings, lambda: Duck(limits))
+    worker = build_worker(settings, coordinator, engine.reads, store, peers, lambda: engine.session_token)
+    catalog = Catalog(engine.reads, coordinator)
+    views = Views(
+        coordinator,
+        worker,
+        settings,
+        engine.reads.clock,
+        lambda job: worker.parts.plan_of(job, catalog.topics()).plan.output_columns,
+        peers.sql,
+    )
+    statements = JobStatements(coordinator, catalog, settings, planner(settings), views.changed)
+    sql = SqlService(engine.reads, catalog, settings, lambda: Duck(limits), statements, views)
     return SqlParts(
         api=SqlApi(sql),
         _service=sql,
         _engine=engine,
+        _worker=worker,
         _measuring=measuring,
         _pg=PgServer(sql, settings, lambda: Duck(catalogue_limits)),
         _listen=listen,
@@ -148,6 +171,8 @@ async def run(
             settings,
             peers.coordinator,
             engine,
+            store,
+            peers,
             measuring,
             lambda: open_listener(settings) if listener is None else listener,
         )

@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shcluster.peers import Peers
 from shread.engine import build_engine
 from shruntime.clock import SystemClock
 from streamhouse_sql.pg_listener import open_listener
@@ -37,9 +38,11 @@ async def start_sql(platform: World, tmp_path: Path) -> AsyncIterator[StartSql]:
         }
         settings = SqlSettings(**(defaults | values))
         engine = build_engine(
-            settings, platform.coordinator, store, platform.ingest_at, SystemClock(), role="query", agent_id=""
+            settings, platform.coordinator, store, platform.ingest_at, SystemClock(), role="sql", agent_id=""
         )
-        parts = build(settings, platform.coordinator, engine, {}, lambda: open_listener(settings))
+        # No test of these runs a job, whose output would go over the network.
+        peers = Peers("127.0.0.1:1", 1_000)
+        parts = build(settings, platform.coordinator, engine, store, peers, {}, lambda: open_listener(settings))
         sql = Sql(parts, engine)
         started.append(sql)
         await sql.parts.start("127.0.0.1:1")

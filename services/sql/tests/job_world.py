@@ -15,15 +15,20 @@ from shcluster.peers import Peers
 from shcluster.session import SessionKeeper
 from shformat import decode_batch
 from shproto.v1 import coordinator_pb2 as pb
+from shread.engine import build_engine
 from shruntime.clock import SystemClock
+from shruntime.server import RpcServer
 from shruntime.tasks import cancel_and_wait
 from streamhouse import Producer
 from streamhouse_coordinator.core import tables as t
 from streamhouse_sql.jobs.run import JobParts, PlannedJob
 from streamhouse_sql.jobs.wiring import build_worker
+from streamhouse_sql.pg_listener import open_listener
 from streamhouse_sql.settings import SqlSettings
+from streamhouse_sql.wiring import build
 
 from services.sql.tests.crash_points import CrashPoint
+from services.sql.tests.start_sql import Sql
 from tests.platform.cluster import Cluster
 from tests.platform.coordinator_peer import CoordinatorPeer
 
@@ -114,6 +119,32 @@ class JobWorld:
         self.workers.append(worker)
         await worker.start()
         return worker
+
+    @asynccontextmanager
+    async def sql(self, name: str = "sql", **settings: Any) -> AsyncIterator[Sql]:
+        """Runs a whole SQL service, which others find."""
+        values = SETTINGS | {
+            "cache_dir": self._directory / name,
+            "sql_temp_dir": self._directory / "spill",
+            "sql_memory_bytes_max": 1 << 28,
+            "sql_pg_listen": "127.0.0.1:0",
+        }
+        chosen = SqlSettings(**(values | settings))
+        peer = CoordinatorPeer(self.cluster.service.api)
+        engine = build_engine(
+            chosen, peer, self.cluster.objects, self.cluster.ingest_at, SystemClock(), role="sql", agent_id=name
+        )
+        peers = Peers(self.cluster.address, 5_000)
+        parts = build(chosen, peer, engine, self.cluster.objects, peers, {}, lambda: open_listener(chosen))
+        server = RpcServer("127.0.0.1:0", parts.apis)
+        await server.start()
+        await parts.start(server.address)
+        try:
+            yield Sql(parts, engine)
+        finally:
+            await parts.stop()
+            await server.stop(0)
+            await peers.close()
 
     async def create(self, statement: str, topic: str, name: str = "job", kind: str = "insert", **more: Any) -> Any:
         """Creates a job; returns its row."""

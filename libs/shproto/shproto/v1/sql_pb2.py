@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18streamhouse/v1/sql.proto\x12\x0estreamhouse.v1\"7\n\x0e\x45xecuteRequest\x12\x11\n\tstatement\x18\x01 \x01(\t\x12\x12\n\ntimeout_ms\x18\x02 \x01(\r\"T\n\x0f\x45xecuteResponse\x12\x14\n\x0c\x61rrow_stream\x18\x01 \x01(\x0c\x12+\n\x05stats\x18\x02 \x01(\x0b\x32\x1c.streamhouse.v1.ExecuteStats\"`\n\x0c\x45xecuteStats\x12\x0c\n\x04rows\x18\x01 \x01(\x04\x12\x17\n\x0frecords_scanned\x18\x02 \x01(\x04\x12\x15\n\rbytes_scanned\x18\x03 \x01(\x04\x12\x12\n\nelapsed_ms\x18\x04 \x01(\x04\x32S\n\x03Sql\x12L\n\x07\x45xecute\x12\x1e.streamhouse.v1.ExecuteRequest\x1a\x1f.streamhouse.v1.ExecuteResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18streamhouse/v1/sql.proto\x12\x0estreamhouse.v1\"L\n\x0e\x45xecuteRequest\x12\x11\n\tstatement\x18\x01 \x01(\t\x12\x12\n\ntimeout_ms\x18\x02 \x01(\r\x12\x13\n\x0blocal_views\x18\x03 \x01(\x08\"T\n\x0f\x45xecuteResponse\x12\x14\n\x0c\x61rrow_stream\x18\x01 \x01(\x0c\x12+\n\x05stats\x18\x02 \x01(\x0b\x32\x1c.streamhouse.v1.ExecuteStats\"`\n\x0c\x45xecuteStats\x12\x0c\n\x04rows\x18\x01 \x01(\x04\x12\x17\n\x0frecords_scanned\x18\x02 \x01(\x04\x12\x15\n\rbytes_scanned\x18\x03 \x01(\x04\x12\x12\n\nelapsed_ms\x18\x04 \x01(\x04\x32S\n\x03Sql\x12L\n\x07\x45xecute\x12\x1e.streamhouse.v1.ExecuteRequest\x1a\x1f.streamhouse.v1.ExecuteResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,11 +32,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'streamhouse.v1.sql_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EXECUTEREQUEST']._serialized_start=44
-  _globals['_EXECUTEREQUEST']._serialized_end=99
-  _globals['_EXECUTERESPONSE']._serialized_start=101
-  _globals['_EXECUTERESPONSE']._serialized_end=185
-  _globals['_EXECUTESTATS']._serialized_start=187
-  _globals['_EXECUTESTATS']._serialized_end=283
-  _globals['_SQL']._serialized_start=285
-  _globals['_SQL']._serialized_end=368
+  _globals['_EXECUTEREQUEST']._serialized_end=120
+  _globals['_EXECUTERESPONSE']._serialized_start=122
+  _globals['_EXECUTERESPONSE']._serialized_end=206
+  _globals['_EXECUTESTATS']._serialized_start=208
+  _globals['_EXECUTESTATS']._serialized_end=304
+  _globals['_SQL']._serialized_start=306
+  _globals['_SQL']._serialized_end=389
 # @@protoc_insertion_point(module_scope)

@@ -22,19 +22,23 @@ class ExecuteRequest(_message.Message):
 
     STATEMENT_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    LOCAL_VIEWS_FIELD_NUMBER: _builtins.int
     statement: _builtins.str
     """one statement; a semicolon at the end is allowed"""
     timeout_ms: _builtins.int
     """the statement ends with DEADLINE_EXCEEDED after this time; 0: the server's limit"""
+    local_views: _builtins.bool
+    """UNAVAILABLE for a view that another worker holds: the caller, a SQL service, asks that one by itself."""
     def __init__(
         self,
         *,
         statement: _builtins.str = ...,
         timeout_ms: _builtins.int = ...,
+        local_views: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["statement", b"statement", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["local_views", b"local_views", "statement", b"statement", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

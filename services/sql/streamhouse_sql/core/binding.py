@@ -88,16 +88,28 @@ class TopicScan:
     fields: tuple[TableColumn, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewScan:
+    """A materialized view as a FROM or JOIN of a query reads it. `name`: of the table that stands for it in the bound
+    SQL. `columns`: (name, DuckDB type)."""
+
+    name: str
+    view: str
+    columns: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BoundQuery:
     """SQL for DuckDB over tables that the scans fill. `values`: of its parameters, by name."""
 
     sql: str
     scans: tuple[TopicScan, ...]
     values: Mapping[str, object] = field(default_factory=dict)
+    views: tuple[ViewScan, ...] = ()
 
 
 _NO_PARAMETERS = Parameters()
+_NO_VIEWS: Mapping[str, tuple[tuple[str, str], ...]] = {}
 
 
 def bind(
@@ -107,16 +119,18 @@ def bind(
     parameters: Parameters = _NO_PARAMETERS,
     *,
     all_columns: bool = False,
+    views: Mapping[str, tuple[tuple[str, str], ...]] = _NO_VIEWS,
 ) -> BoundQuery:
     """Returns the query over its topics. `topics`: the names of all topics; `tables`: the declared tables by name in
-    small letters, which come before topics of the same name. `all_columns`: the scans have all columns, not only those
-    that the query names. Raises InvalidStatement for a name that is neither, with the nearest one.
+    small letters, and `views`: the columns of the views, which both come before topics of the same name. `all_columns`:
+    the scans have all columns, not only those that the query names. Raises InvalidStatement for a name that is none of
+    these, with the nearest one.
 
     The query's own text is kept, but for the names of tables: each is replaced by a scan, under the same name; and for
     parameters, which get their types.
     """
     try:
-        return _bind(query, topics, tables, parameters, all_columns=all_columns)
+        return _bind(query, topics, tables, parameters, views, all_columns=all_columns)
     except RecursionError:
         raise InvalidStatement("the statement is nested too deeply") from None
     except OptimizeError as error:  # of the scopes: a part of the query that is none
@@ -130,12 +144,14 @@ def _bind(
     topics: Collection[str],
     tables: Mapping[str, TableDefinition],
     parameters: Parameters,
+    views: Mapping[str, tuple[tuple[str, str], ...]],
     *,
     all_columns: bool,
 ) -> BoundQuery:
     named = None if all_columns else _columns_of(query.tree)
     prefix = _scan_prefix(query.text)
     scans: list[TopicScan] = []
+    view_scans: list[ViewScan] = []
     edits = parameter_edits(query.text, parameters.types)
     bound: set[int] = set()  # tables of the tree, by identity
     for scope in traverse_scope(query.tree):
@@ -145,7 +161,11 @@ def _bind(
             bound.add(id(source))
             if _is_cte(scope, source) or not _is_topic(source):
                 continue
-            name = f"{prefix}{len(scans)}"
+            name = f"{prefix}{len(scans) + len(view_scans)}"
+            if (view := _view_of(source, views)) is not None:
+                edits.append(_edit(query.text, source, name))
+                view_scans.append(ViewScan(name=name, view=source.name.lower(), columns=view))
+                continue
             alias = source.args.get("alias")
             renamed = bool(alias is not None and alias.columns)
             pushdown = Pushdown() if renamed else _pushdown(scope, source, parameters)
@@ -180,7 +200,16 @@ def _bind(
             )
     _check_functions(query.tree)
     _check_all_bound(query.tree, bound)
-    return BoundQuery(_edited(query.text, edits), tuple(scans), parameters.named())
+    return BoundQuery(
+        sql=_edited(query.text, edits), scans=tuple(scans), values=parameters.named(), views=tuple(view_scans)
+    )
+
+
+def _view_of(table: exp.Table, views: Mapping[str, tuple[tuple[str, str], ...]]) -> tuple[tuple[str, str], ...] | None:
+    """Returns the columns of the view of that name, None if there is none."""
+    if table.catalog or (table.db and table.db.lower() != "public"):
+        return None
+    return views.get(table.name.lower())
 
 
 def _scan_prefix(text: str) -> str:

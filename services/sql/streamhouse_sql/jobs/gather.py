@@ -279,7 +279,7 @@ class Gather:
                     start = self._reads.index.get(key, source.topic).log_start_offset
                 feed = self._feeds[source.name, number] = _Feed(source, key, start)
                 self._tasks[source.name, number] = asyncio.create_task(
-                    self._read(feed), name=f"sql job input {source.topic}/{number}"
+                    self._read(feed), name=f"job input {source.topic}/{number}"
                 )
 
     def _raise_errors(self) -> None:

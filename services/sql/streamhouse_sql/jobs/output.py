@@ -111,7 +111,7 @@ class Output:
             async with slots:
                 return (await self._fenced(writer)).next_sequence
 
-        tasks = [asyncio.create_task(one(writer), name="sql job fence") for writer in self._writers]
+        tasks = [asyncio.create_task(one(writer), name="job fence") for writer in self._writers]
         try:
             return [await task for task in tasks]
         finally:
@@ -170,7 +170,7 @@ class Output:
                 for partition in self._partitions:
                     if partition.number not in running:
                         running[partition.number] = asyncio.create_task(
-                            self._write_all(partition), name=f"sql job output {partition.number}"
+                            self._write_all(partition), name=f"job output {partition.number}"
                         )
                 for task in running.values():
                     if task.done():

@@ -22,12 +22,13 @@ from shproto.errors import (
     ProducerFenced,
     StatementTimeout,
     StreamHouseError,
+    Unavailable,
     UnknownTopic,
 )
 from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shproto.v1 import coordinator_pb2 as pb
 from shread.reads import Reads
-from shruntime.tasks import Backoff, cancel_and_wait, run_until_first_ends, sleep_ms
+from shruntime.tasks import Backoff, cancel_and_wait, run_to_end, run_until_first_ends, sleep_ms
 
 from streamhouse_sql import telemetry
 from streamhouse_sql.core.continuous.model import JobPlan
@@ -125,6 +126,7 @@ class JobRun:
         self._snapshot: _Snapshot | None = None
         self._saved = asyncio.Event()
         self._is_ready = False
+        self._view_lock = asyncio.Lock()
         # Micro-batch that runs, for the place of an error.
         self.batch: MicroBatch | None = None
 
@@ -163,10 +165,13 @@ class JobRun:
         """Makes `run` return after the micro-batch that runs, with everything stored."""
         self._is_stopping.set()
 
-    @property
-    def view(self) -> Pipeline | None:
-        """The program with its state, None before it is restored."""
-        return self._pipeline if self._is_ready else None
+    async def view_table(self) -> Any:
+        """Returns the whole result of a view as a `pyarrow.Table`. Raises Unavailable before the state is restored."""
+        # One at a time: the second cursor of an instance is not for several threads.
+        async with self._view_lock:
+            if self._pipeline is None or not self._is_ready:
+                raise Unavailable(f"view {self.job.job} is not restored yet", retry_after_ms=RETRY_MS_MAX)
+            return await run_to_end(self._pipeline.view_table)
 
     @property
     def plan(self) -> JobPlan | None:
@@ -178,7 +183,7 @@ class JobRun:
         StatementFailed, StatementLimit, StatementTimeout, InvalidStatement, OffsetBelowStart, UnknownTopic."""
         try:
             await self._open()
-            await run_until_first_ends({"sql job output": self._output.run(), "sql job": self._take_over_and_go_on()})
+            await run_until_first_ends({"job output": self._output.run(), "job": self._take_over_and_go_on()})
         except ProducerFenced as error:
             raise Fenced(f"job {self.job.job}: {error.message}") from error
         finally:
@@ -188,9 +193,9 @@ class JobRun:
 
     async def _open(self) -> None:
         parts, job = self._parts, self.job
-        entry = parts.reads.index.topics().get(job.output_topic)
-        if entry is None or entry.topic_id != job.output_topic_id:
-            raise UnknownTopic(f"topic {job.output_topic!r}, which the job writes, was deleted", topic=job.output_topic)
+        # The job may be younger than the newest event that the index knows, and so may be its topics.
+        await self._until_available(parts.reads.index_catch_up.catch_up_to_head)
+        partitions = self._output_partitions()
         grant = self._grant
         self._checkpoint = Checkpoint.decode(grant.checkpoint) if grant.checkpoint else None
         topics = {name: found.partitions for name, found in parts.reads.index.topics().items()}
@@ -200,7 +205,7 @@ class JobRun:
         self._planned = await asyncio.to_thread(parts.plan_of, job, topics)
         journal = [MicroBatch.decode(item.number, item.entry) for item in grant.journal]
         # Nothing is read of former owners before they can write no more.
-        written = await self._output.fence(entry.partitions)
+        written = await self._output.fence(partitions)
         plan = takeover.take_over(
             self._checkpoint,
             journal,
@@ -221,7 +226,7 @@ class JobRun:
             self._parts.reads, self._parts.decoders, self.plan_now.inputs, self._place.inputs, self._limits()
         )
         try:
-            await run_until_first_ends({"sql job steps": self._go_on(gather), "sql job checkpoints": self._save_all()})
+            await run_until_first_ends({"job steps": self._go_on(gather), "job checkpoints": self._save_all()})
         finally:
             await gather.close()
 
@@ -282,9 +287,7 @@ class JobRun:
     async def _go_on(self, gather: Gather) -> None:
         """Runs micro-batches until the job is to stop. The next one is gathered and journalled while one runs."""
         ahead: asyncio.Queue[_Ahead] = asyncio.Queue(1)
-        await run_until_first_ends(
-            {"sql job gather": self._gather_all(gather, ahead), "sql job program": self._run_all(ahead)}
-        )
+        await run_until_first_ends({"job gather": self._gather_all(gather, ahead), "job program": self._run_all(ahead)})
 
     async def _gather_all(self, gather: Gather, ahead: asyncio.Queue[_Ahead]) -> None:
         """Gathers and journals micro-batches; once the job is to stop, adds None behind the last."""
@@ -299,8 +302,8 @@ class JobRun:
 
     async def _gathered(self, gather: Gather) -> Gathered | None:
         """Returns the records of the next micro-batch, None once the job is to stop."""
-        gathering = asyncio.create_task(gather.next(), name="sql job gather")
-        stopping = asyncio.create_task(self._is_stopping.wait(), name="sql job stop")
+        gathering = asyncio.create_task(gather.next(), name="job gather")
+        stopping = asyncio.create_task(self._is_stopping.wait(), name="job stop")
         try:
             await asyncio.wait((gathering, stopping), return_when=asyncio.FIRST_COMPLETED)
             return None if stopping.done() else gathering.result()
@@ -308,17 +311,22 @@ class JobRun:
             await cancel_and_wait(gathering, stopping)
 
     def _batch_of(self, number: int, gathered: Gathered) -> MicroBatch:
-        entry = self._parts.reads.index.topics().get(self.job.output_topic)
-        if entry is None or entry.topic_id != self.job.output_topic_id:
-            raise UnknownTopic(f"topic {self.job.output_topic!r}, which the job writes, was deleted")
         return MicroBatch(
             number=number,
             ranges=gathered.ranges,
             idle=gathered.idle,
             now_us=self._parts.reads.clock.wall_ms() * 1000,
-            output_partitions=max(entry.partitions, len(self._output.sequences)),
+            output_partitions=max(self._output_partitions(), len(self._output.sequences)),
             fingerprint=self.plan_now.fingerprint,
         )
+
+    def _output_partitions(self) -> int:
+        """Returns the number of partitions of the output topic. Raises UnknownTopic once it was deleted."""
+        job = self.job
+        entry = self._parts.reads.index.topics().get(job.output_topic)
+        if entry is None or entry.topic_id != job.output_topic_id:
+            raise UnknownTopic(f"topic {job.output_topic!r}, which the job writes, was deleted", topic=job.output_topic)
+        return entry.partitions
 
     async def _run_all(self, ahead: asyncio.Queue[_Ahead]) -> None:
         clock = self._parts.reads.clock
@@ -464,7 +472,8 @@ class JobRun:
 
     async def _close(self) -> None:
         self._is_ready = False
-        pipeline, self._pipeline = self._pipeline, None
+        async with self._view_lock:
+            pipeline, self._pipeline = self._pipeline, None
         encoder, self._encoder = self._encoder, None
         for part in (pipeline, encoder):
             if part is not None:

@@ -21,12 +21,28 @@ from streamhouse_sql.jobs.checkpoints import Checkpoints
 from streamhouse_sql.jobs.encode import Encoder
 from streamhouse_sql.jobs.journal import Journal
 from streamhouse_sql.jobs.run import JobParts, PlannedJob
+from streamhouse_sql.jobs.statements import PlanJob
 from streamhouse_sql.jobs.worker import JobWorker
 from streamhouse_sql.pipeline import Pipeline, plan_job
 from streamhouse_sql.settings import SqlSettings
 
 # Memory that turns rows of a micro-batch into JSON, if these are not unusually large.
 ENCODER_BYTES_MIN = 64 * MIB
+
+
+def _limits(settings: SqlSettings) -> DuckLimits:
+    return DuckLimits(
+        memory_bytes_max=settings.sql_job_memory_bytes_max,
+        temp_dir=settings.sql_temp_dir,
+        temp_bytes_max=settings.sql_job_temp_bytes_max,
+        threads=1,  # the order of rows, and so their sums, is part of the result
+    )
+
+
+def planner(settings: SqlSettings) -> PlanJob:
+    """Returns the function that makes the program of a query, over topics and declared tables; it blocks."""
+    limits = _limits(settings)
+    return lambda query, topics, tables: plan_job(query, topics, tables, lambda: Duck(limits))
 
 
 def build_worker(
@@ -39,12 +55,7 @@ def build_worker(
 ) -> JobWorker:
     """Returns the worker that runs continuous queries. `store`: of their state; `peers`: their output goes through;
     `token`: of the session under which jobs are held, empty while there is none. Does no I/O."""
-    limits = DuckLimits(
-        memory_bytes_max=settings.sql_job_memory_bytes_max,
-        temp_dir=settings.sql_temp_dir,
-        temp_bytes_max=settings.sql_job_temp_bytes_max,
-        threads=1,  # the order of rows, and so their sums, is part of the result
-    )
+    limits = _limits(settings)
     encoding = DuckLimits(
         memory_bytes_max=max(ENCODER_BYTES_MIN, 8 * settings.sql_gather_bytes_max),
         temp_dir=settings.sql_temp_dir,
@@ -79,8 +90,8 @@ def build_worker(
             token,
             state_bytes_max=settings.sql_job_memory_bytes_max + settings.sql_job_temp_bytes_max,
         ),
-        decoders=ThreadPoolExecutor(settings.sql_job_threads, "sql job decode"),
-        programs=ThreadPoolExecutor(settings.sql_job_threads, "sql job"),
+        decoders=ThreadPoolExecutor(settings.sql_job_threads, "job decode"),
+        programs=ThreadPoolExecutor(settings.sql_job_threads, "job"),
         plan_of=plan_of,
         new_writer=new_writer,
     )

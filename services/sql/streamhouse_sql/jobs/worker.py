@@ -93,8 +93,8 @@ class JobWorker:
 
     async def run(self) -> None:
         """Holds and runs jobs until cancelled; cancelled runs store nothing, as `stop` does before."""
-        journal = asyncio.create_task(self.parts.journal.run(), name="sql journal")
-        sweep = asyncio.create_task(self._sweep(), name="sql sweep")
+        journal = asyncio.create_task(self.parts.journal.run(), name="job journal")
+        sweep = asyncio.create_task(self._sweep(), name="job sweep")
         try:
             while True:
                 if journal.done():
@@ -183,7 +183,7 @@ class JobWorker:
             held.is_given_up = True
             held.task.cancel()
         run = JobRun(self.parts, grant)
-        task = asyncio.create_task(self._run(run), name=f"sql job {grant.job.job}")
+        task = asyncio.create_task(self._run(run), name=f"job {grant.job.job}")
         self._held[job_id] = _Held(run, task)
 
     async def _run(self, run: JobRun) -> None:

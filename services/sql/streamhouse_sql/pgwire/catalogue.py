@@ -22,6 +22,7 @@ from shproto.errors import InvalidStatement, StatementLimit, StatementTimeout, S
 
 from streamhouse_sql.arrow import schema_of
 from streamhouse_sql.core.binding import WRITTEN_IN, BoundQuery, with_suggestion
+from streamhouse_sql.core.continuous.names import quoted
 from streamhouse_sql.core.parameters import Parameters, tables_named, typed
 from streamhouse_sql.core.statement import query_of_table
 from streamhouse_sql.core.tables import TableDefinition
@@ -125,6 +126,9 @@ class Catalogue:
         def described(duck: CatalogueEngine) -> list[tuple[str, str]]:
             for scan in bound.scans:
                 duck.add_table(scan.name, schema_of(scan.columns or ("_offset",)).empty_table())
+            for view in bound.views:
+                columns = ", ".join(f"CAST(NULL AS {kind}) AS {quoted(name)}" for name, kind in view.columns)
+                duck.run(f"CREATE TEMP TABLE {view.name} AS SELECT {columns} LIMIT 0")
             try:
                 return duck.columns(bound.sql, bound.values)
             except InvalidStatement as error:
@@ -162,7 +166,13 @@ class Catalogue:
         """Returns topics and declared tables with their columns; a table hides a topic of the same name."""
         catalog = self._service.catalog
         tables = dict(catalog.tables())
-        found = [Relation(topic, TOPIC_COLUMNS) for topic in catalog.topics() if topic.lower() not in tables]
+        views = await self._service.views.known()
+        hidden = {*tables, *views}
+        found = [Relation(topic, TOPIC_COLUMNS) for topic in catalog.topics() if topic.lower() not in hidden]
+        found += [
+            Relation(name, tuple(RelationColumn(name=column, type=kind, not_null=False) for column, kind in columns))
+            for name, columns in views.items()
+        ]
         texts = {table.text for table in tables.values()}
         self._columns = {text: columns for text, columns in self._columns.items() if text in texts}
         for table in tables.values():

@@ -15,6 +15,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from shproto.errors import StreamHouseError
 
+from streamhouse_sql.core.continuous.statements import (
+    AlterJob,
+    ContinuousQuery,
+    DropJob,
+    ExplainContinuous,
+    ShowJobs,
+)
 from streamhouse_sql.core.parameters import Parameters, inferred, numbers, unnamed_columns
 from streamhouse_sql.core.statement import (
     CreateTable,
@@ -23,9 +30,8 @@ from streamhouse_sql.core.statement import (
     Explain,
     Query,
     ShowTables,
-    Statement,
-    parse,
 )
+from streamhouse_sql.jobs.statements import JOB_COLUMNS, tag_of
 from streamhouse_sql.pgwire.core import commands, protocol, types
 from streamhouse_sql.pgwire.core.arguments import decoded, duck_type, formats_for
 from streamhouse_sql.pgwire.core.catalogue_queries import CatalogueQuery
@@ -43,18 +49,21 @@ from streamhouse_sql.pgwire.portal import (
     encode,
     row_description,
 )
+from streamhouse_sql.service import AnyStatement, parse_any
 
 if TYPE_CHECKING:
     from streamhouse_sql.pgwire.connection import Context
 
 Send = Callable[[bytes], Awaitable[None]]
-Plan = commands.Command | CatalogueQuery | Statement
+Plan = commands.Command | CatalogueQuery | AnyStatement
 _TEXT = types.ColumnType(types.TEXT)
 _OIDS = {"UINTEGER": types.ColumnType(types.OID), "UINTEGER[]": types.ColumnType(types.OID, True)}
 _FIXED_COLUMNS = {
     Explain: [("plan", "VARCHAR")],
     ShowTables: [("name", "VARCHAR"), ("kind", "VARCHAR"), ("topic", "VARCHAR"), ("partitions", "INTEGER")],
     Describe: [("column_name", "VARCHAR"), ("column_type", "VARCHAR"), ("comment", "VARCHAR")],
+    ExplainContinuous: [("plan", "VARCHAR")],
+    ShowJobs: [(name, kind) for name, kind, _ in JOB_COLUMNS],
 }
 
 
@@ -270,7 +279,7 @@ class Statements:
         if catalogued is not None:
             return catalogued
         # In a thread, as in `SqlService.execute`: a large text takes its parser a second.
-        statement = await asyncio.to_thread(parse, piece.text, parameters=True)
+        statement = await asyncio.to_thread(parse_any, piece.text, parameters=True)
         if isinstance(statement, Explain) and numbers(statement.query.tree):
             raise PgError("0A000", "EXPLAIN of a statement with parameters is not supported")
         return statement
@@ -330,6 +339,14 @@ class Statements:
                 verb = "CREATE" if isinstance(plan, CreateTable) else "DROP"
                 await send(protocol.command_complete(f"{verb} TABLE"))
             return
+        if isinstance(plan, ContinuousQuery | DropJob | AlterJob):
+            if not bound.is_done:
+                bound.is_done = True
+                done = await self._context.service.command(plan, self._timeout_ms)
+                for line in done.column("status").to_pylist()[1:]:
+                    await send(protocol.notice_response(severity="NOTICE", sqlstate="00000", message=line))
+                await send(protocol.command_complete(tag_of(plan)))
+            return
         if isinstance(plan, commands.Command) and not isinstance(plan, commands.Show):
             if not bound.is_done:
                 bound.is_done = True
@@ -380,7 +397,7 @@ class Statements:
             return Batches(self._named(described), batches)
         if isinstance(plan, commands.Show):
             return self._shown(plan, await self._show_columns(plan))
-        assert isinstance(plan, Explain | ShowTables | Describe), "the others have no rows"
+        assert isinstance(plan, Explain | ShowTables | Describe | ExplainContinuous | ShowJobs), "others have no rows"
         batch = await self._context.service.command(plan, timeout_ms)
         return Batches(columns_of(_FIXED_COLUMNS[type(plan)]), [batch])
 
@@ -542,7 +559,7 @@ def _numbers_of(plan: Plan | None) -> set[int]:
 def _verb(plan: Plan) -> str:
     if isinstance(plan, commands.Show):
         return "SHOW"
-    return "EXPLAIN" if isinstance(plan, Explain) else "SELECT"
+    return "EXPLAIN" if isinstance(plan, Explain | ExplainContinuous) else "SELECT"
 
 
 def _warning(sqlstate: str, message: str, tag: str) -> bytes:

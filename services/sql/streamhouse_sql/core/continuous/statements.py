@@ -53,6 +53,11 @@ class ContinuousQuery:
     expansion: Expansion
     text: str
 
+    def tables_named(self) -> set[str]:
+        """Returns the names of the tables and topics that the query reads, in small letters."""
+        named = {table.name.lower() for table in self.tree.find_all(exp.Table)}
+        return named | {window.table.lower() for window in self.windows.values()}
+
 
 @dataclass(frozen=True, slots=True)
 class ExplainContinuous:
