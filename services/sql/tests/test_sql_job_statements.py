@@ -50,6 +50,15 @@ def test_window_functions_are_windows() -> None:
     assert (window.function, window.table, window.sizes) == ("TUMBLE", "t", {"SIZE": 60_000_000})
 
 
+def test_the_tables_of_windows_are_named() -> None:
+    found = query(
+        "INSERT INTO out WITH c AS (SELECT a FROM Prices) SELECT window_end, count(*) AS n FROM TUMBLE(TABLE "
+        "(SELECT * FROM \"big orders\" JOIN x ON true), DESCRIPTOR(ts), INTERVAL '1' MINUTE), "
+        "HOP(TABLE public.t, DESCRIPTOR(ts), INTERVAL '1' MINUTE, INTERVAL '1' MINUTE) GROUP BY window_end"
+    )
+    assert found.tables_named() == {"prices", "big orders", "x", "t"}
+
+
 def test_jobs_are_dropped_altered_and_shown() -> None:
     assert parse_job_statement("DROP MATERIALIZED VIEW IF EXISTS v") == DropJob("view", "v", True)
     assert parse_job_statement("drop sink s;") == DropJob("sink", "s", False)

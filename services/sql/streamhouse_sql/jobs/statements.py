@@ -38,6 +38,7 @@ from streamhouse_sql.core.continuous.statements import (
     JobStatement,
     ShowJobs,
 )
+from streamhouse_sql.core.explain import explained_job
 from streamhouse_sql.core.tables import TableDefinition
 from streamhouse_sql.jobs.encode import KEY_COLUMNS, VALUE_COLUMNS, check_columns
 from streamhouse_sql.settings import SqlSettings
@@ -223,18 +224,7 @@ class JobStatements:
     async def _explain(self, query: ContinuousQuery) -> list[str]:
         plan, _ = await self._planned(query)
         topic = self._check_output(query, plan)
-        emit = "each window when it is over" if plan.emit_on_close else "each change at once"
-        lines = [f"{query.kind} to topic {topic}: {emit}{', as a changelog' if plan.is_changelog else ''}"]
-        if plan.key_columns:
-            lines.append(f"  key of the result: {', '.join(plan.key_columns)}")
-        lines += [f"  {operator}" for operator in plan.operators]
-        for source in plan.inputs:
-            watermark = ", with a watermark" if source.has_watermark else ""
-            lines.append(f"input topic {source.topic}{watermark}; columns decoded: {', '.join(source.columns)}")
-        for info in plan.state:
-            bound = info.bound or "nothing: it grows with the number of distinct keys"
-            lines.append(f"state {info.table} of {info.operator}: {info.holds}; bounded by {bound}")
-        lines += [f"WARNING: {warning}" for warning in plan.warnings]
+        lines = [f"{query.kind} to topic {topic}", *explained_job(plan)]
         return [*lines, "parallelism: one task, in the worker that holds the job"]
 
     async def _drop(self, statement: DropJob) -> None:

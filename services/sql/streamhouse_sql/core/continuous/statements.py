@@ -55,8 +55,12 @@ class ContinuousQuery:
 
     def tables_named(self) -> set[str]:
         """Returns the names of the tables and topics that the query reads, in small letters."""
-        named = {table.name.lower() for table in self.tree.find_all(exp.Table)}
-        return named | {window.table.lower() for window in self.windows.values()}
+        trees: list[exp.Expr] = [self.tree]
+        for window in self.windows.values():  # a name, or a query in parentheses
+            is_query = window.table.startswith("(")
+            trees.append(parse_query(window.table if is_query else f"SELECT * FROM {window.table}"))
+        named = {table.name.lower() for tree in trees for table in tree.find_all(exp.Table)}
+        return named - set(self.windows)
 
 
 @dataclass(frozen=True, slots=True)
