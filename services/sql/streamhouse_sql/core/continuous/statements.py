@@ -196,7 +196,7 @@ class _Reader:
         if_not_exists: bool,
     ) -> ContinuousQuery:
         rest = list(self._tokens[self._at :])
-        emit, rest = _without_emit(rest)
+        emit, rest = without_emit(rest)
         if not rest:
             raise InvalidStatement("the statement has no query: SELECT …")
         # Blanks in place of what is around the query: places in errors stay those of the whole text.
@@ -366,7 +366,7 @@ _EMITS: Mapping[tuple[str, ...], Emit] = {
 }
 
 
-def _without_emit(tokens: list[Token]) -> tuple[Emit | None, list[Token]]:
+def without_emit(tokens: list[Token]) -> tuple[Emit | None, list[Token]]:
     """Returns the clause at the end of a query, and the tokens before it. Raises InvalidStatement for another EMIT."""
     words = [token.text.upper() if token.token_type is not TokenType.IDENTIFIER else "" for token in tokens]
     for clause, emit in _EMITS.items():

@@ -1,0 +1,33 @@
+CREATE OR REPLACE TEMPORARY VIEW `bid_records` USING kafka OPTIONS (`kafka.bootstrap.servers` 'kafka:9092', `subscribe` 'bid', `startingOffsets` 'earliest');
+
+-- WATERMARK FOR ts AS ts - INTERVAL '4' SECOND: withWatermark of its reader
+-- bad_rows = 'fail': a bad row ends the query, which does not name its offset
+CREATE OR REPLACE TEMPORARY VIEW `bid` AS
+SELECT `auction`, `bidder`, `price`, `channel`, `tags`, `info`, `ts`
+FROM (
+  SELECT `row of the value`.`auction` AS `auction`, `row of the value`.`bidder` AS `bidder`, `row of the value`.`price` AS `price`, `row of the value`.`channel` AS `channel`, `row of the value`.`tags` AS `tags`, `row of the value`.`info` AS `info`, `row of the value`.`ts` AS `ts`
+  FROM (SELECT *, FROM_JSON(CAST(`value` AS STRING), '`auction` BIGINT, `bidder` BIGINT, `price` DOUBLE, `channel` STRING, `tags` ARRAY<STRING>, `info` STRUCT<`page`: STRING>, `ts` TIMESTAMP_NTZ', MAP('mode', 'FAILFAST')) AS `row of the value` FROM `bid_records`)
+);
+
+SELECT
+  `channel`,
+  LENGTH(`channel`) AS `size`,
+  COUNT(*) AS `n`,
+  COUNT(DISTINCT `bidder`) FILTER(WHERE
+    `price` > 10) AS `many`,
+  SUM(`price`) AS `s`,
+  AVG(`price`) AS `a`,
+  MIN(`price`) AS `low`,
+  MAX(`price`) AS `high`,
+  APPROX_COUNT_DISTINCT(`bidder`) AS `about`
+FROM `bid`
+WHERE
+  NOT `price` IS NULL AND NOT `channel` IN ('a', 'b')
+GROUP BY
+  `channel`,
+  LENGTH(`channel`)
+HAVING
+  COUNT(*) > 5 OR COUNT(*) > 3
+ORDER BY
+  `n` DESC
+LIMIT 10;

@@ -1,0 +1,1 @@
+error: CUMULATE is not supported for risingwave

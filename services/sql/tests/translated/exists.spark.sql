@@ -1,0 +1,22 @@
+CREATE OR REPLACE TEMPORARY VIEW `bid_records` USING kafka OPTIONS (`kafka.bootstrap.servers` 'kafka:9092', `subscribe` 'bid', `startingOffsets` 'earliest');
+
+-- WATERMARK FOR ts AS ts - INTERVAL '4' SECOND: withWatermark of its reader
+-- bad_rows = 'fail': a bad row ends the query, which does not name its offset
+CREATE OR REPLACE TEMPORARY VIEW `bid` AS
+SELECT `auction`, `bidder`, `price`, `channel`, `tags`, `info`, `ts`
+FROM (
+  SELECT `row of the value`.`auction` AS `auction`, `row of the value`.`bidder` AS `bidder`, `row of the value`.`price` AS `price`, `row of the value`.`channel` AS `channel`, `row of the value`.`tags` AS `tags`, `row of the value`.`info` AS `info`, `row of the value`.`ts` AS `ts`
+  FROM (SELECT *, FROM_JSON(CAST(`value` AS STRING), '`auction` BIGINT, `bidder` BIGINT, `price` DOUBLE, `channel` STRING, `tags` ARRAY<STRING>, `info` STRUCT<`page`: STRING>, `ts` TIMESTAMP_NTZ', MAP('mode', 'FAILFAST')) AS `row of the value` FROM `bid_records`)
+);
+
+SELECT
+  `b`.`price`
+FROM `bid` AS `b`
+WHERE
+  EXISTS(
+    SELECT
+      1
+    FROM `bid` AS `o`
+    WHERE
+      `o`.`auction` = `b`.`bidder`
+  );

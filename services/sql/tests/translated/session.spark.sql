@@ -1,0 +1,1 @@
+error: SESSION is not supported for spark

@@ -1,0 +1,1 @@
+error: CREATE TABLE IF NOT EXISTS is not supported for spark: tables become temporary views

@@ -1,0 +1,32 @@
+CREATE TABLE `sales` (
+  `item` STRING NOT NULL,
+  `price` DOUBLE,
+  `count` INT,
+  `exact` DECIMAL(10, 2),
+  `large` DECIMAL(38, 0),
+  `is_new` BOOLEAN,
+  `tags` ARRAY<STRING>,
+  `place` ROW<`lat` DOUBLE, `lon` DOUBLE>,
+  `counts` MAP<STRING, BIGINT>,
+  `body` BYTES,
+  `day` DATE,
+  `ts` TIMESTAMP(3),
+  `seen` TIMESTAMP_LTZ(3),
+  `customer` STRING,
+  `partition` INT METADATA FROM 'partition' VIRTUAL,
+  `offset` BIGINT METADATA FROM 'offset' VIRTUAL,
+  `placed` TIMESTAMP_LTZ(3) METADATA FROM 'timestamp',
+  `amount` AS `price` * `count`,
+  WATERMARK FOR `ts` AS `ts` - INTERVAL '5' SECOND
+) WITH (
+  'connector' = 'kafka',
+  'topic' = 'sales.v1',
+  'properties.bootstrap.servers' = 'kafka:9092',
+  'scan.startup.mode' = 'earliest-offset',
+  'key.format' = 'raw',
+  'key.fields' = 'customer',
+  'value.format' = 'json',
+  'value.json.ignore-parse-errors' = 'false',
+  'value.json.timestamp-format.standard' = 'ISO-8601',
+  'value.fields-include' = 'EXCEPT_KEY'
+);

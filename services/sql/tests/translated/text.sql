@@ -1,0 +1,2 @@
+CREATE TABLE lines (line VARCHAR) WITH (topic = 'lines', format = 'text');
+SELECT line FROM lines WHERE line LIKE 'error%';

@@ -1,0 +1,25 @@
+CREATE OR REPLACE TEMPORARY VIEW `bid_records` USING kafka OPTIONS (`kafka.bootstrap.servers` 'kafka:9092', `subscribe` 'bid', `startingOffsets` 'earliest');
+
+-- WATERMARK FOR ts AS ts - INTERVAL '4' SECOND: withWatermark of its reader
+-- bad_rows = 'fail': a bad row ends the query, which does not name its offset
+CREATE OR REPLACE TEMPORARY VIEW `bid` AS
+SELECT `auction`, `bidder`, `price`, `channel`, `tags`, `info`, `ts`
+FROM (
+  SELECT `row of the value`.`auction` AS `auction`, `row of the value`.`bidder` AS `bidder`, `row of the value`.`price` AS `price`, `row of the value`.`channel` AS `channel`, `row of the value`.`tags` AS `tags`, `row of the value`.`info` AS `info`, `row of the value`.`ts` AS `ts`
+  FROM (SELECT *, FROM_JSON(CAST(`value` AS STRING), '`auction` BIGINT, `bidder` BIGINT, `price` DOUBLE, `channel` STRING, `tags` ARRAY<STRING>, `info` STRUCT<`page`: STRING>, `ts` TIMESTAMP_NTZ', MAP('mode', 'FAILFAST')) AS `row of the value` FROM `bid_records`)
+);
+
+-- EMIT ON WINDOW CLOSE is outputMode("append") of the query that writes this
+-- per_auction is computed where it is read: spark.table("per_auction").writeStream
+CREATE OR REPLACE TEMPORARY VIEW `per_auction` AS
+SELECT
+  `window_start`,
+  `window_end`,
+  `auction`,
+  COUNT(*) AS `bids`,
+  MAX(`price`) AS `highest`
+FROM (SELECT `auction`, `bidder`, `price`, `channel`, `tags`, `info`, `ts`, `window`.`start` AS `window_start`, `window`.`end` AS `window_end`, `window`.`end` - INTERVAL '0.001' SECOND AS `window_time` FROM (SELECT *, WINDOW(`ts`, '10 seconds', '10 seconds', '0 seconds') AS `window` FROM `bid`))
+GROUP BY
+  `window_start`,
+  `window_end`,
+  `auction`;
