@@ -149,7 +149,7 @@ def test_where_nothing_answers_the_error_says_so(sql):
 
 
 def test_a_file_beyond_the_limit_is_refused(sql, monkeypatch):
-    monkeypatch.setattr("streamhouse_cli.sql.SOURCE_BYTES_MAX", 8)
+    monkeypatch.setattr("streamhouse_cli.sql_sources.SOURCE_BYTES_MAX", 8)
     assert sql(stdin="SELECT 1")[0] == 0
     assert sql(stdin="SELECT 1;") == (1, b"", "error: stdin: longer than the limit of 8 bytes\n")
 
