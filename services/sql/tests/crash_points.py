@@ -21,6 +21,11 @@ class CrashPoint:
         self.calls: Counter[str] = Counter()
         self._loop = asyncio.get_running_loop()
         self._let_go = threading.Event()
+        self._woken = asyncio.Event()
+
+    def wake(self) -> None:
+        """Lets a call go on that stands still, as a process does that was stopped for a while."""
+        self._woken.set()
 
     def let_go(self) -> None:
         self._let_go.set()
@@ -46,7 +51,7 @@ class CrashPoint:
     async def _pass(self, *here: Any) -> None:
         if here == (self.operation, self.when, self.nth):
             self.reached.set()
-            await asyncio.Event().wait()
+            await self._woken.wait()
 
     def _pass_in_thread(self, *here: Any) -> None:
         if here == (self.operation, self.when, self.nth):

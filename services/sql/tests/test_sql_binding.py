@@ -171,7 +171,7 @@ def test_a_text_that_the_parser_is_not_prepared_for_is_an_error_of_the_statement
     ],
 )
 def test_a_common_table_expression_hides_a_topic_in_any_case_of_letters(text: str) -> None:
-    assert bound(text) == BoundQuery(text, ())
+    assert bound(text) == BoundQuery(sql=text, scans=())
 
 
 def test_a_common_table_expression_reads_the_topic_that_it_hides() -> None:
