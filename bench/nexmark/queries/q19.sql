@@ -1,0 +1,5 @@
+-- The ten highest bids of each auction.
+INSERT INTO nexmark_q19
+SELECT *
+FROM (SELECT *, row_number() OVER (PARTITION BY auction ORDER BY price DESC) AS rank_number FROM bid) AS ranked
+WHERE rank_number <= 10
