@@ -37,9 +37,9 @@ REFERENCE = {
     "QUALIFY rank() OVER (PARTITION BY endtime ORDER BY num DESC) = 1",
     "q7": f"SELECT auction, price, bidder, dateTime, extra FROM bid WHERE TRUE QUALIFY price = max(price) OVER "
     f"(PARTITION BY {_TEN.format(time='dateTime')})",
-    "q8": f"""SELECT DISTINCT p.id, name, {_TEN.format(time="p.dateTime")} AS starttime
-        FROM person AS p JOIN auction AS a ON seller = p.id AND starttime = {_TEN.format(time="a.dateTime")}
-        WHERE starttime + INTERVAL '10 seconds' <= {{closed}}""",
+    "q8": f"""SELECT DISTINCT p.id, name, w FROM (SELECT *, {_TEN.format(time="dateTime")} AS w FROM person) AS p
+        JOIN (SELECT *, {_TEN.format(time="dateTime")} AS w FROM auction) AS a USING (w)
+        WHERE seller = p.id AND w + INTERVAL '10 seconds' <= {{closed}}""",
     "q9": f"""SELECT a.* EXCLUDE (_partition, _offset, _timestamp), auction, bidder, price, b.dateTime, b.extra
         {_WINNING} QUALIFY row_number() OVER
         (PARTITION BY a.id ORDER BY price DESC, b.dateTime, b._partition, b._offset) = 1""",
@@ -67,9 +67,9 @@ REFERENCE = {
     "FROM bid GROUP BY 1, 2",
     "q18": """SELECT auction, bidder, price, channel, url, dateTime, extra FROM bid QUALIFY row_number() OVER
         (PARTITION BY auction, bidder ORDER BY dateTime DESC, _partition, _offset) = 1""",
-    "q19": """SELECT auction, bidder, price, channel, url, dateTime, extra, row_number() OVER w FROM bid
-        QUALIFY row_number() OVER w <= 10
-        WINDOW w AS (PARTITION BY auction ORDER BY price DESC, _partition, _offset)""",
+    "q19": """SELECT * FROM (SELECT auction, bidder, price, channel, url, dateTime, extra,
+            row_number() OVER (PARTITION BY auction ORDER BY price DESC, _partition, _offset) AS n FROM bid)
+        WHERE n <= 10""",
     "q20": """SELECT auction, bidder, price, channel, url, b.dateTime, b.extra, itemName, description, initialBid,
         reserve, a.dateTime, expires, seller, category, a.extra
         FROM bid AS b, auction AS a WHERE auction = a.id AND category = 10""",
