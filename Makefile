@@ -18,7 +18,7 @@ IN_VENV := PATH="$(abspath $(BIN)):$$PATH"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all quick check format bench bench-faults bench-peers bench-sql serve clean constraints fuzz faults simulate
+.PHONY: help setup demo test test-all quick check format bench bench-faults bench-peers bench-sql nexmark serve clean constraints fuzz faults simulate
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -65,6 +65,10 @@ bench-peers: $(VENV)/.ready-demo ## The same loads on StreamHouse and Apache Kaf
 
 bench-sql: $(VENV)/.ready-demo ## How fast SQL reads topics
 	$(BIN)/python -m bench.sql_scan $(ARGS)
+
+nexmark: $(VENV)/.ready-demo ## The queries of Nexmark here and on Apache Flink, in turns; needs Java 17 and Maven
+	mvn -q -B -f bench/peers/flink/pom.xml dependency:copy-dependencies -DoutputDirectory=jars
+	$(BIN)/python -m bench.nexmark $(ARGS)
 
 bench-faults: $(VENV)/.ready-dev ## Pauses after kill, stop and move; start-up over 1 GiB of log; idle partitions; S3 away
 	$(BIN)/python -m bench.failover $(if $(JSON),--json $(JSON)/failover.json)
