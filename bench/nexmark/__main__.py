@@ -1,9 +1,10 @@
 """Events per CPU second of the queries of Nexmark, here and on Apache Flink: `make nexmark`.
 
-The same JSON on both sides, one query after the other, in turns: as a job of `streamhouse serve`, exactly once out of
-its log and back into it (`streamhouse`), in the engine alone over records in memory (`engine`), and on Flink's local
-mini cluster over files, whose result is discarded (`flink`). Events are the records of the topics that a query reads,
-CPU seconds those of whole processes. Shown: medians of the rounds, and ratios to Flink.
+The same JSON on both sides, one query after the other, system by system in turns: as a job of `streamhouse serve`,
+exactly once out of its log and back into it (`streamhouse`), in the engine alone over records in memory (`engine`), and
+on Flink's local mini cluster over files, whose result is discarded (`flink`). Events are the records of the topics that
+a query reads, CPU seconds those of whole processes.
+Shown: medians of the rounds, and ratios to Flink.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import argparse
 import statistics
 import sys
 import tempfile
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from bench.peers import flink
 
 SYSTEMS = ("streamhouse", "engine", "flink")
 STATEMENTS_SHOWN = 5
+# Enough for Flink's code of a query to be compiled.
+WARM_UP_EVENTS = 200_000
 Rounds = dict[str, dict[str, list[dict[str, float]]]]  # by query and system
 
 
@@ -62,31 +66,37 @@ async def measure(options: argparse.Namespace) -> None:
             if "streamhouse" in options.systems:
                 process = await stack.enter_async_context(platform.platform(folder, nexmark, options.events))
             if "flink" in options.systems:
-                for name in ("warm", "files"):
-                    write_files(nexmark, options.events, folder / name)
+                write_files(nexmark, min(options.events, WARM_UP_EVENTS), folder / "warm")
+                write_files(nexmark, options.events, folder / "files")
             blocks = engine.records(nexmark, options.events) if "engine" in options.systems else []
-            for number in range(options.rounds):
+
+            async def results(system: str) -> AsyncIterator[tuple[str, dict[str, float]]]:
+                if system == "flink":
+                    names = [name for name in plans if (flink.QUERIES / f"{name}.sql").exists()]
+                    async with aclosing(flink.run_queries(names, folder / "warm", folder / "files")) as found:
+                        async for query, figures in found:
+                            yield query, figures
+                    return
                 for query in plans:
-                    for system in options.systems:
-                        if system == "engine":
-                            result = engine.run_query(query, blocks, folder / "spill", profile=options.profile)
-                            figures = {"cpu_s": result.cpu_s, "seconds": result.seconds, "rows": float(result.rows)}
-                            show_statements(query, result)
-                        elif system == "flink":
-                            if not (flink.QUERIES / f"{query}.sql").exists():
-                                continue
-                            figures = await flink.run_query(query, folder / "warm", folder / "files")
-                        else:
-                            assert process is not None
-                            figures = await platform.run_query(process, query)
+                    if system == "streamhouse":
+                        assert process is not None
+                        yield query, await platform.run_query(process, query)
+                    else:
+                        measured = engine.run_query(query, blocks, folder / "spill", profile=options.profile)
+                        show_statements(query, measured)
+                        yield query, {"cpu_s": measured.cpu_s, "seconds": measured.seconds, "rows": measured.rows}
+
+            for number in range(options.rounds):
+                for system in options.systems:
+                    async for query, figures in results(system):
                         figures["per_cpu_s"] = read[query] / figures["cpu_s"]
                         rounds[query].setdefault(system, []).append(figures)
                         console.print(
                             f"round {number + 1} of {options.rounds}: {query} {system} "
                             f"{figures['per_cpu_s'] / 1e6:.3f} M events per CPU s, {figures['cpu_s']:.2f} CPU s"
                         )
-                    # After each query: a run that is stopped has its figures so far.
-                    write_json(options.json, vars(options), {"events": read, "rounds": rounds})
+                        # After each query: a run that is stopped has its figures so far.
+                        write_json(options.json, vars(options), {"events": read, "rounds": rounds})
         show(rounds, options.systems, options)
 
 

@@ -1,11 +1,14 @@
-"""Apache Flink on this machine: a query of Nexmark in its local mini cluster, a process each time."""
+"""Apache Flink on this machine: queries of Nexmark in its local mini cluster, one process for all of them."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
+import tempfile
 from asyncio.subprocess import DEVNULL, PIPE
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
 from bench.common import Wrong
@@ -27,25 +30,32 @@ def check_installed() -> None:
         )
 
 
-async def run_query(name: str, warm_up: Path, folder: Path) -> dict[str, float]:
-    """Runs a query over the JSON files of `warm_up`, and then over those of `folder`. Returns the CPU seconds of the
-    whole process and the seconds of the latter, as `cpu_s` and `seconds`. Raises Wrong if it fails or takes longer
-    than TIMEOUT_S."""
+async def run_queries(
+    names: Sequence[str], warm_up: Path, folder: Path
+) -> AsyncGenerator[tuple[str, dict[str, float]]]:
+    """Runs queries over the JSON files of `warm_up`, and each then over those of `folder`, in one process. Yields
+    their names, and the CPU seconds of the whole process and the seconds of the latter, as `cpu_s` and `seconds`.
+    Raises Wrong if one fails, or takes longer than TIMEOUT_S."""
     command = ["java", "-Xmx3g", "-XX:+UseParallelGC", *_OPENED, f"-Dqueries={QUERIES}", "-cp", f"{JARS}/*"]
-    process = await asyncio.create_subprocess_exec(
-        *command, str(FOLDER / "Nexmark.java"), name, str(warm_up), str(folder),
-        stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True,
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(TIMEOUT_S):
-            out, errors = await process.communicate()
-    except TimeoutError:
-        raise Wrong(f"Flink takes more than {TIMEOUT_S} s for {name}") from None
-    finally:
-        if process.returncode is None:
-            process.kill()
+    with tempfile.TemporaryFile() as log:
+        process = await asyncio.create_subprocess_exec(
+            *command, str(FOLDER / "Nexmark.java"), str(warm_up), str(folder), *names,
+            stdin=DEVNULL, stdout=PIPE, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            for name in names:
+                async with asyncio.timeout(TIMEOUT_S):
+                    line = await process.stdout.readline()
+                if not line:
+                    log.seek(0)
+                    raise Wrong(f"Flink fails at {name}: {log.read().decode(errors='replace')[-2_000:]}")
+                figures = json.loads(line)
+                yield figures.pop("query"), figures
+        except TimeoutError:
+            raise Wrong(f"Flink takes more than {TIMEOUT_S} s for {name}") from None
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
             await process.wait()
-    if process.returncode:
-        raise Wrong(f"Flink fails at {name}: {errors.decode(errors='replace')[-2_000:]}")
-    figures: dict[str, float] = json.loads(out.decode().splitlines()[-1])
-    return figures

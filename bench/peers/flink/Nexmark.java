@@ -1,6 +1,6 @@
-// Runs a Nexmark query on Flink's local mini cluster: `java -cp 'jars/*' Nexmark.java QUERY WARM_UP_FOLDER FOLDER`.
-// First over the files of the one folder, so that its code is compiled, then over those of the other. Prints the CPU
-// seconds of this process, all of its threads, and the seconds that the second job took, its planning included.
+// Runs queries of Nexmark on Flink's local mini cluster: `java -cp 'jars/*' Nexmark.java WARM_UP_FOLDER FOLDER QUERY …`.
+// Each runs over the files of the one folder, so that its code is compiled, and then over those of the other. Prints the
+// CPU seconds of this process, all of its threads, and the seconds that the second job took, its planning included.
 import com.sun.management.OperatingSystemMXBean;
 import java.lang.management.ManagementFactory;
 import java.nio.file.Files;
@@ -16,14 +16,21 @@ public class Nexmark {
     private static final Path QUERIES = Path.of(System.getProperty("queries"));
 
     public static void main(String[] arguments) throws Exception {
-        String query = Files.readString(QUERIES.resolve(arguments[0] + ".sql"));
-        run(query, Path.of(arguments[1]));
         OperatingSystemMXBean system = (OperatingSystemMXBean) ManagementFactory.getOperatingSystemMXBean();
-        long cpu = system.getProcessCpuTime();
-        long began = System.nanoTime();
-        run(query, Path.of(arguments[2]));
-        double seconds = (System.nanoTime() - began) / 1e9;
-        System.out.printf("{\"cpu_s\": %.3f, \"seconds\": %.3f}%n", (system.getProcessCpuTime() - cpu) / 1e9, seconds);
+        Path warmUp = Path.of(arguments[0]);
+        Path folder = Path.of(arguments[1]);
+        for (int number = 2; number < arguments.length; number++) {
+            String query = Files.readString(QUERIES.resolve(arguments[number] + ".sql"));
+            run(query, warmUp);
+            System.gc();
+            long cpu = system.getProcessCpuTime();
+            long began = System.nanoTime();
+            run(query, folder);
+            double seconds = (System.nanoTime() - began) / 1e9;
+            double cpuSeconds = (system.getProcessCpuTime() - cpu) / 1e9;
+            System.out.printf(
+                    "{\"query\": \"%s\", \"cpu_s\": %.3f, \"seconds\": %.3f}%n", arguments[number], cpuSeconds, seconds);
+        }
         System.exit(0);
     }
 
