@@ -257,6 +257,48 @@ def passed_by_group(timeline: Timeline) -> Iterator[Anomaly]:
                     yield Anomaly("group-gap", f"{_at(partition, passed[0])}: {text}", (line,))
 
 
+# ---- numbered streams
+
+
+def numbered_streams(timeline: Timeline) -> Iterator[Anomaly]:
+    """G5: a numbered stream has a gap, a record twice, an end before the one that a writer was told, or a record of a
+    producer epoch behind the fence of a newer one."""
+    for partition in timeline.partitions.values():
+        if partition.read_back:
+            yield from _stream(partition)
+
+
+def _stream(partition: PartitionTimeline) -> Iterator[Anomaly]:
+    expected, last_line = 0, 0
+    for offset in sorted(set[int]().union(*partition.read_back.values())):
+        seen = partition.first_seen[offset]
+        if seen.value not in partition.numbered:
+            continue
+        sequence, epoch = partition.numbered[seen.value]
+        text = f"{_at(partition, offset)}: sequence {sequence} where {expected} was next"
+        lines = (last_line, seen.line) if last_line else (seen.line,)
+        if sequence > expected:
+            yield Anomaly("stream-gap", text, lines)
+        elif sequence < expected:
+            yield Anomaly("stream-double", text, lines)
+        yield from _zombies(partition, offset, sequence, epoch)
+        expected, last_line = max(expected, sequence + 1), seen.line
+    for line, end in partition.stream_ends:
+        if end.next_sequence > expected:
+            text = f"{partition.where[0]}/{partition.where[1]} ends before sequence {expected}"
+            yield Anomaly("stream-lost", f"{text}, {end.process} was told {end.next_sequence}", (line,))
+
+
+def _zombies(partition: PartitionTimeline, offset: int, sequence: int, epoch: int) -> Iterator[Anomaly]:
+    for line, end in partition.stream_ends:
+        if end.fenced and epoch < end.epoch and sequence >= end.next_sequence:
+            text = f"epoch {epoch} wrote sequence {sequence}; epoch {end.epoch} had fenced at {end.next_sequence}"
+            yield Anomaly(
+                "zombie-write", f"{_at(partition, offset)}: {text}", (line, partition.first_seen[offset].line)
+            )
+            return
+
+
 # ---- groups
 
 
@@ -406,6 +448,7 @@ CHECKS: tuple[Check, ...] = (
     polls,
     unseen,
     passed_by_group,
+    numbered_streams,
     commits_going_back,
     commits_from_nowhere,
     registrations_without_object,

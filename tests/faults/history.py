@@ -70,6 +70,29 @@ class ProduceFailed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Numbered(Event):
+    """The values of operation `id` are numbered, from `first_sequence` on, in the numbered stream of their partition.
+    epoch: of the producer that writes them."""
+
+    id: int
+    first_sequence: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnd(Event):
+    """A writer was told that the numbered stream of a partition is there below `next_sequence`. fenced: by a fence of
+    its epoch, after which no older epoch may write; else by an acknowledgement."""
+
+    process: str
+    topic: str
+    partition: int
+    epoch: int
+    next_sequence: int
+    fenced: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Assigned(Event):
     """A consumer begins (again) at `offset`. group: empty for a plain consumer."""
 

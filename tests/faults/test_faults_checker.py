@@ -24,6 +24,28 @@ pytestmark = pytest.mark.quick
 KEY = "data/t.0/0/0.seg"
 
 
+def stream(numbers: Sequence[int] = (0, 1, 2), epochs: Sequence[int] = (1, 2, 2)) -> list[h.Event]:
+    """A numbered stream as it was read back. Epoch 2 fences where sequence 1 is next, and is acknowledged up to 3."""
+    events: list[h.Event] = [h.Topic("t", 1, "wal")]
+    values = tuple(f"{at}" for at in range(len(numbers)))
+    for at, number in enumerate(numbers):
+        events += [
+            h.Produce(at, "w", "t", 0, (values[at],), "wal"),
+            h.Numbered(at, number, epochs[min(at, len(epochs) - 1)]),
+            h.ProduceFailed(at, False, "numbered"),
+        ]
+    return [
+        *events,
+        h.StreamEnd("w", "t", 0, 2, 1, True),
+        h.StreamEnd("w", "t", 0, 2, 3, False),
+        h.ReadBack("query-1", "t", 0, ((0, len(numbers)),), values),
+    ]
+
+
+def test_a_stream_without_gap_or_double_is_right() -> None:
+    assert not check(stream()).anomalies
+
+
 def good() -> list[h.Event]:
     """Two producers, a plain and a group consumer, a takeover at 100, everything read back and registered."""
     return [
@@ -256,6 +278,26 @@ WRONG: dict[str, tuple[list[h.Event], set[str]]] = {
         replaced(h.Segment, 0, object_key=""),
         {"unregistered"},
     ),
+    "a numbered stream with a gap": (
+        stream(numbers=(0, 1, 3)),
+        {"stream-gap"},
+    ),
+    "a numbered stream with a record twice": (
+        stream(numbers=(0, 1, 1, 2)),
+        {"stream-double"},
+    ),
+    "a numbered stream out of order": (
+        stream(numbers=(1, 0, 2), epochs=(2, 2, 2)),
+        {"stream-gap", "stream-double"},
+    ),
+    "a numbered stream that ends before what was acknowledged": (
+        stream(numbers=(0, 1)),
+        {"stream-lost"},
+    ),
+    "a zombie that wrote behind a fence": (
+        stream(epochs=(1, 2, 1)),
+        {"zombie-write"},
+    ),
     "damage": (
         before(h.End, h.ReadFailed("plain", "DATA_LOSS", "offset 3 is damaged")),
         {"damage"},
@@ -447,6 +489,8 @@ def test_every_kind_of_event_survives_the_file(tmp_path: Path) -> None:
         h.Note("member-1", "joins"),
         h.Fault("kill", h.BEGINS, "kill -9 ingest-1"),
         h.ProcessDied("ingest-1", -9),
+        h.Numbered(1, 0, 1),
+        h.StreamEnd("w", "t", 0, 1, 7, True),
     ]
     h.write_history(path, events)
     assert list(h.read_history(path)) == events

@@ -72,6 +72,9 @@ class PartitionTimeline:
     ranges: list[h.Range] = field(default_factory=list)
     segments: list[tuple[int, h.Segment]] = field(default_factory=list)
     commits: defaultdict[str, list[CommitStep]] = field(default_factory=lambda: defaultdict(list))
+    # Of a numbered stream: sequence and producer epoch of each value, and what its writers were told of its end.
+    numbered: dict[str, tuple[int, int]] = field(default_factory=dict)
+    stream_ends: list[tuple[int, h.StreamEnd]] = field(default_factory=list)
 
     def see(self, offset: int, value: str, line: int) -> None:
         sighting = Sighting(value, line)
@@ -148,6 +151,8 @@ class _Indexer:
                 write = self._writes.pop(event.id)
                 write.done_line = line
                 write.outcome = Outcome.FAIL if event.definite else Outcome.UNKNOWN
+            case h.Numbered():
+                self._number(event)
             case h.Assigned():
                 timeline.partition(event.topic, event.partition).reads.append((line, event))
             case h.Polled():
@@ -174,6 +179,8 @@ class _Indexer:
         match event:
             case h.Range():
                 timeline.partition(event.topic, event.partition).ranges.append(event)
+            case h.StreamEnd():
+                timeline.partition(event.topic, event.partition).stream_ends.append((line, event))
             case h.Segment():
                 timeline.partition(event.topic, event.partition).segments.append((line, event))
             case h.StoredObject():
@@ -193,6 +200,12 @@ class _Indexer:
         for value in event.values:
             if self.timeline.writers.setdefault(value, write) is not write:
                 self.timeline.values_sent_twice.append((value, line))
+
+    def _number(self, event: h.Numbered) -> None:
+        produce = self._writes[event.id].produce
+        partition = self.timeline.partition(produce.topic, produce.partition)
+        for sequence, value in enumerate(produce.values, event.first_sequence):
+            partition.numbered[value] = (sequence, event.epoch)
 
     def _acknowledge(self, line: int, event: h.Produced) -> None:
         write = self._writes.pop(event.id)

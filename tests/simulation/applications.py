@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shproto.acks import Acks
-from shproto.errors import StreamHouseError
+from shproto.errors import ProducerFenced, StreamHouseError, Unavailable
 from streamhouse import Consumer, Producer, RecordBatch
+from streamhouse.sequenced import BytesColumn, SequencedProducer, SequencedWriter
 
 from tests.faults import history as h
 from tests.faults.payload import name_of, names_of, payload_of
@@ -35,6 +36,11 @@ WORK_S = (0.0, 0.02, 1.5)
 """What the application takes for a batch at most. The longest: it falls behind, and commits and rebalances go on."""
 RESTART_PAUSE_S = 0.5
 IN_FLIGHT_MAX = 10
+STREAM_NAME = "stream"
+"""Of the producer that all writers of numbered records take over from each other."""
+WRITES_MAX = 12
+"""Until a writer gives the name back by itself; it is taken over sooner by the others."""
+REST_S = 3.0
 
 Where = tuple[str, int]
 
@@ -131,6 +137,89 @@ class Producing(Application):
             self._history.write(h.ProduceFailed(operation.id, False, f"{error.reason}: {error.message}"))
         finally:
             room.release()
+
+
+class Numbering(Application):
+    """Writes the numbered stream that all writers of the run share: takes the name over, fences, and goes on where the
+    answer says, until another one has fenced. Holds the name for a while only, so that there are zombies of every kind:
+    paused, cut off, or at rest until the next record.
+
+    A write without an outcome is never guessed at: the next fence answers what was written. An error that no fault
+    explains (a gap of sequences, lost data) ends the application, which is an anomaly of its own.
+    """
+
+    def __init__(
+        self, bootstrap: Sequence[str], history: History, name: str, target: Target, rng: random.Random
+    ) -> None:
+        super().__init__()
+        self._bootstrap = bootstrap
+        self._history = history
+        self._name = name
+        self._target = target
+        self._rng = rng
+        self._acks: Acks = "durable" if target.min_acks == "durable" or rng.random() < 0.3 else "wal"
+        self.stopping = False
+
+    async def _work(self) -> None:
+        while not self.stopping:
+            producer = SequencedProducer(
+                self._bootstrap, STREAM_NAME, acks=self._acks, timeout_ms=int(GIVE_UP_S * 1000)
+            )
+            try:
+                async with producer:
+                    await self._hold(producer)
+            except (ProducerFenced, Unavailable) as error:
+                self._history.write(h.Note(self._name, f"{error.reason}: {error.message}"))
+            except StreamHouseError as error:
+                if not error.retriable:
+                    raise
+                self._history.write(h.Note(self._name, f"{error.reason}: {error.message}"))
+            await asyncio.sleep(self._rng.uniform(0, REST_S))
+
+    async def _hold(self, producer: SequencedProducer) -> None:
+        rng, topic, epoch = self._rng, self._target.topic, producer.producer_epoch
+        writers = [producer.writer(topic, partition) for partition in range(self._target.partitions)]
+        ends: dict[int, int] = {}
+        for _ in range(rng.randrange(1, WRITES_MAX)):
+            if self.stopping:
+                return
+            partition = rng.randrange(len(writers))
+            if partition not in ends:
+                ends[partition] = await self._fence(writers[partition], partition, epoch)
+            count = rng.randrange(1, RECORDS_MAX)
+            if await self._write(writers[partition], partition, epoch, ends[partition], count):
+                ends[partition] += count
+            else:
+                del ends[partition]
+            await asyncio.sleep(rng.uniform(0, PAUSE_S))
+
+    async def _fence(self, writer: SequencedWriter, partition: int, epoch: int) -> int:
+        end = (await writer.fence()).next_sequence
+        self._history.write(h.StreamEnd(self._name, self._target.topic, partition, epoch, end, True))
+        return end
+
+    async def _write(self, writer: SequencedWriter, partition: int, epoch: int, first: int, count: int) -> bool:
+        """Returns True once acknowledged, False if the outcome is not known. Raises ProducerFenced, and what no fault
+        explains."""
+        # The operation in the name: which try of which epoch wrote a record is what the checker asks.
+        operation_id = self._history.new_id()
+        values = tuple(f"{STREAM_NAME}.{first + at}.{epoch}.{operation_id}" for at in range(count))
+        topic = self._target.topic
+        self._history.write(h.Produce(operation_id, self._name, topic, partition, values, self._acks))
+        self._history.write(h.Numbered(operation_id, first, epoch))
+        payloads = BytesColumn.from_list([payload_of(value) for value in values])
+        error: StreamHouseError | None = None
+        try:
+            await writer.write(first, payloads, timestamps_ms=0)
+        except StreamHouseError as raised:
+            error = raised
+        # Which offsets the records have, and if they are of this try, the answer does not say.
+        self._history.write(h.ProduceFailed(operation_id, False, f"{error.reason}" if error else "numbered"))
+        if error is None:
+            self._history.write(h.StreamEnd(self._name, topic, partition, epoch, first + count, False))
+        elif not error.retriable:
+            raise error
+        return error is None
 
 
 class Consuming(Application):

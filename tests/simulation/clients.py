@@ -8,7 +8,16 @@ from itertools import count
 
 from streamhouse_coordinator.core import tables
 
-from tests.simulation.applications import Application, Consuming, GroupMember, Membership, Producing, ReadingAll, Where
+from tests.simulation.applications import (
+    Application,
+    Consuming,
+    GroupMember,
+    Membership,
+    Numbering,
+    Producing,
+    ReadingAll,
+    Where,
+)
 from tests.simulation.history import History
 from tests.simulation.loop import Process
 from tests.simulation.nodes import Node, SimContext
@@ -94,6 +103,28 @@ class ProducerNode(ClientNode):
         """Its process ends with what is under way, and none comes after it."""
         self._is_over = True
         if isinstance(self.service, Producing):
+            self.service.stopping = True
+
+
+class WriterNode(ClientNode):
+    kind = "writer"
+
+    def __init__(self, context: SimContext, history: History, name: str, rng: random.Random, target: Target) -> None:
+        super().__init__(context, history, name, rng)
+        self._target = target
+        self._is_over = False
+
+    def make(self) -> Application:
+        return Numbering(self.context.bootstrap, self.history, self.next_name(), self._target, self.rng)
+
+    def restart(self) -> None:
+        if not self._is_over:
+            super().restart()
+
+    def finish(self) -> None:
+        """Ends the process once the write under way has its outcome; none comes after it."""
+        self._is_over = True
+        if isinstance(self.service, Numbering):
             self.service.stopping = True
 
 

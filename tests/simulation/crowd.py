@@ -16,6 +16,7 @@ from tests.simulation.clients import (
     MemberNode,
     ProducerNode,
     ReaderNode,
+    WriterNode,
 )
 from tests.simulation.history import History
 from tests.simulation.loop import Process
@@ -38,7 +39,7 @@ POLL_S = 0.1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Company:
     """Which clients are over the SDK. members: of the group; 0: there is none. roaming_readers: those written by hand
-    ask another query service each time. churn: members come and go."""
+    ask another query service each time. churn: members come and go. writers: of the numbered stream, in turns."""
 
     sdk_producers: int
     sdk_reader: bool
@@ -46,6 +47,7 @@ class Company:
     roaming_readers: bool = False
     sessions_ms: Sequence[int] = SESSION_TIMEOUT_MS
     churn: bool = True
+    writers: int = 0
 
     @classmethod
     def draw(cls, rng: random.Random) -> Company:
@@ -61,7 +63,7 @@ EVERYBODY = Company(sdk_producers=SDK_PRODUCERS, sdk_reader=False, members=2)
 
 
 class Crowd:
-    """`nodes`: those with a machine of their own."""
+    """`nodes`: those with a machine of their own. stream: the target that only writers of numbered records have."""
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class Crowd:
         rng: random.Random,
         company: Company,
         blame: Callable[[str, str], None],
+        stream: Target | None = None,
     ) -> None:
         self._context = context
         self._history = history
@@ -79,6 +82,8 @@ class Crowd:
         self._rng = rng
         self._company = company
         self._ownership = GroupOwnership(context, blame)
+        self._plain_targets = [target for target in targets if target is not stream]
+        self._writers = [] if stream is None else [self._writer(number, stream) for number in range(company.writers)]
         self._queries = [node.address for node in services if isinstance(node, QueryNode)]
         self._partitions = [(target.topic, number) for target in targets for number in range(target.partitions)]
         self._sdk_producers = [self._sdk_producer(number) for number in range(company.sdk_producers)]
@@ -101,7 +106,10 @@ class Crowd:
         )
 
     def _target(self, number: int) -> Target:
-        return self._targets[number % len(self._targets)]
+        return self._plain_targets[number % len(self._plain_targets)]
+
+    def _writer(self, number: int, stream: Target) -> WriterNode:
+        return WriterNode(self._context, self._history, f"writer-{number}", self._own_luck(), stream)
 
     def _sdk_producer(self, number: int) -> ProducerNode:
         return ProducerNode(self._context, self._history, f"producer-{number}", self._own_luck(), self._target(number))
@@ -125,7 +133,7 @@ class Crowd:
 
     @property
     def nodes(self) -> list[ClientNode]:
-        return [*self._sdk_producers, *self._sdk_readers, *self._ownership.members]
+        return [*self._sdk_producers, *self._writers, *self._sdk_readers, *self._ownership.members]
 
     @property
     def readers(self) -> list[Reader | ConsumerNode]:
@@ -169,10 +177,11 @@ class Crowd:
         self._is_over = True
         for producer in self._producers:
             producer.stopping = True
-        for node in self._sdk_producers:
+        sending: list[ProducerNode | WriterNode] = [*self._sdk_producers, *self._writers]
+        for node in sending:
             node.finish()
         await asyncio.gather(*self._producing)
-        while any(node.up for node in self._sdk_producers):
+        while any(node.up for node in sending):
             await asyncio.sleep(POLL_S)
 
     def skip_think_time(self) -> None:

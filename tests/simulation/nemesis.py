@@ -13,7 +13,7 @@ from shstore.faulty import FaultKind
 
 from tests.simulation import database as db
 from tests.simulation import network as net
-from tests.simulation.clients import MemberNode
+from tests.simulation.clients import MemberNode, WriterNode
 from tests.simulation.nodes import CoordinatorNode, IngestNode, Node, QueryNode, SimContext
 from tests.simulation.store import HOST as STORE
 
@@ -33,6 +33,10 @@ PAUSE_CHANCE = 0.75
 """Chance that a member is paused, rather than cut off: it then more often commits before it hears anything."""
 MEMBER_OUT_S = (3.0, 5.0)
 """Beyond a session of 1.5 s, the sweep that ends it, and the next commit of the member that takes over."""
+ZOMBIE_S = (0.5, 6.0)
+"""Time in which the others take the stream over, and write on."""
+LEASE_OUT_S = (2.5, 6.0)
+"""Beyond a lease of 2.5 s."""
 MEMBER_IN_S = 1.0
 """Between two of these: to join, to read, and to have something to commit."""
 
@@ -297,6 +301,39 @@ class RandomNemesis(Nemesis):
             self._note(f"cut {member.name} off from the coordinators for {seconds:.1f} s")
             coordinators = [node.name for node in self._services if isinstance(node, CoordinatorNode)]
             self._cut([link for name in coordinators for link in ((member.name, name), (name, member.name))], seconds)
+
+    def disturb_writer(self) -> None:
+        """Kills or pauses a writer of the numbered stream: at any of its steps, or for long enough that another one has
+        fenced when it goes on."""
+        writers = [node for node in self._clients if isinstance(node, WriterNode) and node.up]
+        if not writers:
+            return
+        writer = self._rng.choice(writers)
+        if self._rng.random() < 0.5:
+            assert writer.process is not None
+            steps = self._rng.randrange(1, 200)
+            self._note(f"kill {writer.name} in {steps} steps")
+            writer.process.steps_left = steps
+        else:
+            seconds = self._rng.uniform(*ZOMBIE_S)
+            self._note(f"pause {writer.name} for {seconds:.1f} s")
+            writer.stall(seconds)
+
+    def move_leader(self) -> None:
+        """Makes the partitions of an agent move: it stops, dies, or stands still beyond its lease."""
+        agent = self._rng.choice(self._agents)
+        process = agent.process
+        if not agent.up or process is None or process.paused:
+            return
+        how = self._rng.choice(("stop", "kill", "pause"))
+        self._note(f"{how} {agent.name}, whose partitions move")
+        if how == "pause":
+            process.pause()
+            self._context.network.paused(process)
+            self._later(self._rng.uniform(*LEASE_OUT_S), process.resume)
+        else:
+            (agent.stop if how == "stop" else agent.kill)()
+            self._revive(agent, LEASE_OUT_S[1])
 
     # ---- disks and servers
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from unittest import mock
 
 from shcluster.index_catch_up import IndexCatchUp
+from shformat import ProducerStamp
 from shproto.model import Segment
 from streamhouse import commits
 from streamhouse.core.partition_queue import PartitionQueue
@@ -18,8 +19,11 @@ from streamhouse_coordinator.core.groups import Group
 from streamhouse_coordinator.core.registration import Result
 from streamhouse_coordinator.core.tables import RangeRow
 from streamhouse_ingest.adapters.wal import FileWal
+from streamhouse_ingest.leadership import fencing
 from streamhouse_ingest.log import wal_index
-from streamhouse_ingest.log.producers import ProducerTable
+from streamhouse_ingest.log.fences import Fence, check_fenced
+from streamhouse_ingest.log.producers import ProducerState, ProducerTable, Verdict
+from streamhouse_ingest.produce import draft
 
 
 def _without_compare_and_set(segment: Segment, row: RangeRow | None) -> Result:
@@ -62,6 +66,13 @@ def _received(cursors: Mapping[TopicPartition, Cursor], done_below: object) -> d
     return {where: Position(cursor.fetch_offset, cursor.topic_id) for where, cursor in cursors.items()}
 
 
+def _without_epochs(fence: Fence | None, state: ProducerState | None, stamp: ProducerStamp, count: int) -> Verdict:
+    """Whatever continues the stream is taken, of a zombie as well."""
+    if fence is not None:
+        stamp = stamp._replace(producer_epoch=fence.producer_epoch)
+    return check_fenced(fence, state, stamp, count)
+
+
 PLANTED: dict[str, tuple[object, str, object]] = {
     "no-fsync": (FileWal, "_sync", lambda wal: None),
     "no-compare-and-set": (registration, "judge", _without_compare_and_set),
@@ -73,17 +84,22 @@ PLANTED: dict[str, tuple[object, str, object]] = {
     "no-hand-over": (groups, "available", _without_hand_over),
     "retry-renumbered": (PartitionQueue, "take", _renumbered),
     "received-is-committed": (commits, "_outstanding", _received),
+    "zombies-write": (draft, "check_fenced", _without_epochs),
+    "older-ranges-forgotten": (fencing, "latest", lambda states: None),
 }
 """Acknowledged before it is on disk; registered whatever is there already, or beyond a settled end; files of the log
 deleted before their records are registered; producers' states not taken over from where a partition was before; a
 reader told that it is beyond the end by an index that is behind; a group's offsets taken from members whose time is
 over; partitions given to a new member while the old one reads on; a producer's retry under a new sequence number; a
-consumer that commits what its application has not had."""
+consumer that commits what its application has not had; batches of an older producer epoch taken behind a fence; a fence
+that answers the last sequence of the leader's own range alone."""
 
 PLANTED_PROFILES = {
     "stale-index": "roaming-readers",
     "commits-not-fenced": "late-commits",
     "no-hand-over": "late-commits",
+    "zombies-write": "numbered-streams",
+    "older-ranges-forgotten": "numbered-streams",
 }
 """For defects that an ordinary run hardly ever shows: the profile in which their situation is frequent."""
 

@@ -22,7 +22,8 @@ class Profile:
     faults_s: bounds of how long there are faults. often: the kinds that every other fault is of. queries_min,
     members_min: nodes of the query service, and members of the group. roaming_readers: hand-written readers ask another
     query service each time. sessions_ms: session timeouts, of which each member draws one. churn: members come and go
-    by themselves.
+    by themselves. writers: of a numbered stream, which take it over from each other. tenth: which tenth of all seeds
+    has the profile; none for the ordinary one.
     """
 
     faults_s: tuple[float, float] = FAULTS_S
@@ -32,20 +33,31 @@ class Profile:
     roaming_readers: bool = False
     sessions_ms: Sequence[int] = SESSION_TIMEOUT_MS
     churn: bool = True
+    writers: int = 0
+    tenth: int = -1
 
 
 ORDINARY = "ordinary"
-PROFILES = {
+PROFILES: dict[str, Profile] = {
     ORDINARY: Profile(),
     # A reader has records of one query service and asks another one, whose event feed is behind, for what follows.
-    "roaming-readers": Profile(roaming_readers=True, queries_min=2, often=(RandomNemesis.hold_back_feed,)),
+    "roaming-readers": Profile(tenth=0, roaming_readers=True, queries_min=2, often=(RandomNemesis.hold_back_feed,)),
     # A member does not hear that its session is over, and commits what it has read when its successor has read on.
     "late-commits": Profile(
+        tenth=1,
         members_min=2,
         sessions_ms=(1_500,),
         churn=False,
         often=(RandomNemesis.put_member_out,),
         faults_s=(8.0, 12.0),
+    ),
+    # Writers of one numbered stream fence each other, are killed and paused, and lose their leaders, in the middle of a
+    # write. The tenth is one of which no seed had found anything when the profile came: those stay what they were.
+    "numbered-streams": Profile(
+        tenth=8,
+        writers=3,
+        often=(RandomNemesis.disturb_writer, RandomNemesis.move_leader),
+        faults_s=(6.0, 12.0),
     ),
 }
 
@@ -54,6 +66,5 @@ def drawn(seed: int) -> str:
     """Returns the name of the profile that the seed has when none is asked for."""
     # Of its own source: a seed that is ordinary stays the run it was before there were profiles.
     chance = random.Random(f"profile of {seed}").random()
-    special = [name for name in PROFILES if name != ORDINARY]
-    number = int(chance / SHARE)
-    return special[number] if number < len(special) else ORDINARY
+    tenth = int(chance / SHARE)
+    return next((name for name, profile in PROFILES.items() if profile.tenth == tenth), ORDINARY)

@@ -89,8 +89,10 @@ class World:
         self.context.bootstrap = [node.address for node in self.nodes if isinstance(node, CoordinatorNode)]
         self.targets = [Target("plain", 2, "wal"), Target("safe", 1, "durable")]
         company = EVERYBODY if crash is not None else _company(rng, profile)
+        stream = Target("stream", rng.choice((1, 2)), rng.choice(("wal", "durable"))) if company.writers else None
+        self.targets += [] if stream is None else [stream]
         own_luck = random.Random(rng.getrandbits(64))
-        self.crowd = Crowd(self.context, self.history, self.targets, self.nodes, own_luck, company, self.blame)
+        self.crowd = Crowd(self.context, self.history, self.targets, self.nodes, own_luck, company, self.blame, stream)
         self.faults_s = CRASH_S if crash is not None else FIRST_START_S + rng.uniform(*profile.faults_s)
         luck = random.Random(rng.getrandbits(64))
         self.nemesis: Nemesis = (
@@ -221,6 +223,7 @@ def _company(rng: random.Random, profile: Profile) -> Company:
         members=max(profile.members_min, company.members),
         sessions_ms=profile.sessions_ms,
         churn=profile.churn,
+        writers=profile.writers,
     )
 
 
