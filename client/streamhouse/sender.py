@@ -45,6 +45,8 @@ ANSWER_GRACE_MS = 5_000
 
 # Failed batches that the application has not asked about are remembered for the next flush, a few hundred bytes each.
 UNSEEN_FAILURES_MAX = 1_000
+# Resolution of the event loop's timers: they may fire so much early, and no wait is worth less.
+CLOCK_TICK_MS = 1
 
 # Errors after which the coordinator is asked who leads: the agent does not lead the partition, is going away, or cannot
 # be reached.
@@ -316,7 +318,8 @@ class Sender:
         return backoff
 
     def _retry_later(self, queue: PartitionQueue, wait_ms: float) -> None:
-        queue.block(Blocked.BACKOFF, self._now_ms() + wait_ms)
+        # Of a rest of a nanosecond, as rounding leaves it, the timer would fire at once and find it again.
+        queue.block(Blocked.BACKOFF, self._now_ms() + max(wait_ms, CLOCK_TICK_MS))
         self._wake_at(queue, queue.blocked_until_ms)
 
     def _retry_after_refresh(self, queue: PartitionQueue) -> None:
@@ -360,7 +363,7 @@ class Sender:
     def _wake(self, queue: PartitionQueue) -> None:
         """Timer of a queue: fails expired batches, and sends the batches that may go now."""
         del self._timers[queue]
-        self._expire(queue, queue.wake(self._now_ms() + 1))  # timers may fire a clock tick early
+        self._expire(queue, queue.wake(self._now_ms() + CLOCK_TICK_MS))  # timers may fire a clock tick early
         self.send_ready(queue)
         self._wake_at(queue, queue.next_wake_ms())
 

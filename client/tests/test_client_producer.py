@@ -985,3 +985,16 @@ async def test_the_event_loop_has_its_turns_though_every_send_finds_room(platfor
         assert first.done()
         assert ticks > 1
         ticker.cancel()
+
+
+async def test_a_wait_for_less_than_a_tick_of_the_clock_lasts_a_tick(platform, address):
+    """A rest of a back-off that rounding leaves is over by no clock's next reading: its timer fired again and again."""
+    await platform.create_topic("t", 1)
+    async with Producer(address) as producer:
+        await producer.send_and_wait("t", b"0")
+        queue, sender = producer._accumulator.queue("t", 0), producer._sender
+        now_ms = sender._now_ms()
+        sender._retry_later(queue, 1e-10)
+        assert queue.blocked_until_ms - now_ms >= 1
+        assert sender._timers[queue].when() * 1000 > now_ms
+        await producer.send_and_wait("t", b"1")
