@@ -11,12 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -63,9 +60,11 @@ from streamhouse_sql.core.tables import TableColumn, TableDefinition
 from streamhouse_sql.jobs.statements import JobStatements
 from streamhouse_sql.jobs.views import Views
 from streamhouse_sql.ports import Engine, Interrupted
+from streamhouse_sql.responses import Answer, responses
 from streamhouse_sql.settings import SqlSettings
 from streamhouse_sql.snapshot import Snapshot, oldest_needed_ms
 from streamhouse_sql.sources import Sources
+from streamhouse_sql.threads import INTERRUPT_AGAIN_MS, in_daemon
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -73,30 +72,12 @@ AnyStatement = Statement | JobStatement
 
 # Rows of a batch that DuckDB hands over: eight of its vectors.
 BATCH_ROWS = 16_384
-# Bytes of one response: large enough for throughput, small beside the limit of a message.
-RESPONSE_BYTES = 4 * 1024 * 1024
-RESPONSE_BYTES_MAX = 48 * 1024 * 1024
-# A statement that is to end is interrupted again after this time: an interrupt that comes between two calls of DuckDB
-# is lost.
-INTERRUPT_AGAIN_MS = 50
 # For the end of a statement, which takes some ms: some functions of DuckDB, over very long values, heed no interrupt.
 END_WAIT_MS = 5_000
 # A service that stops waits so long for such a statement, whose thread then ends with the process.
 ABANDON_MS = 5_000
 RETRY_MS = 500
 _NO_PARAMETERS = Parameters()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """Part of a result. `arrow_stream`: a whole Arrow IPC stream."""
-
-    arrow_stream: bytes
-    rows: int
-    is_last: bool = False
-    records_scanned: int = 0
-    bytes_scanned: int = 0
-    elapsed_ms: int = 0
 
 
 class SqlService:
@@ -347,7 +328,7 @@ class SqlService:
         async with await self._turn(began_s + timeout_ms / 1000, timeout_ms) as run:
             await run.prepare(bound, local_views=local_views)
             schema, batches = await self._computed(run, query, None, lambda: run.engine.result(bound.sql, BATCH_ROWS))
-            parts = _responses(schema, batches)
+            parts = responses(schema, batches)
             rows = size_bytes = 0
             empty = to_stream(schema, [])
             pending: tuple[bytes, int] | None = None
@@ -529,7 +510,7 @@ class _Run:
         """Returns the result of `work`, run in a thread. Raises the reason if the statement was ended, and the error of
         a source in place of DuckDB's words for it."""
         self._must_go_on()
-        self._thread = _in_daemon(work)
+        self._thread = in_daemon(work)
         try:
             return await self._result(self._thread)
         except (StreamHouseError, Interrupted):
@@ -670,26 +651,6 @@ async def _within(began_s: float, timeout_ms: int, work: Coroutine[Any, Any, T])
         raise StatementTimeout(f"not done within {timeout_ms} ms", timeout_ms=timeout_ms) from None
 
 
-def _in_daemon(work: Callable[[], T]) -> asyncio.Future[T]:
-    """Returns the result of `work`, run in a thread of its own. Not an executor's: Python waits for those at its end,
-    and a statement's thread may not end. Nor the loop's: it waits for decoders, which would wait for a thread."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def run() -> None:
-        try:
-            result = work()
-        except BaseException as error:  # noqa: BLE001 - the future has it
-            report = partial(done.set_exception, error)
-        else:
-            report = partial(done.set_result, result)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: an abandoned statement
-            loop.call_soon_threadsafe(report)
-
-    threading.Thread(target=run, name="sql statement", daemon=True).start()
-    return done
-
-
 def _described(rows: Sequence[tuple[str, str, str]]) -> Any:
     names = ("column_name", "column_type", "comment")
     columns: dict[str, list[Any]] = {name: [row[i] for row in rows] for i, name in enumerate(names)}
@@ -714,31 +675,6 @@ def _origin(table: TableDefinition, column: TableColumn) -> str:
 def _done(what: str) -> Any:
     """Returns the result of a statement that has none: a row that says what was done."""
     return table_of({"status": [what]}, {"status": pa.string()})
-
-
-def _responses(schema: Any, batches: Iterator[Any]) -> Iterator[tuple[bytes, int]]:
-    """Yields Arrow IPC streams of about RESPONSE_BYTES, with their numbers of rows. Raises StatementLimit for a single
-    row that no message has room for."""
-    for batch in batches:
-        yield from _split(schema, batch)
-
-
-def _split(schema: Any, batch: Any) -> Iterator[tuple[bytes, int]]:
-    if batch.num_rows == 0:
-        return
-    if batch.nbytes > RESPONSE_BYTES and batch.num_rows > 1:
-        half = batch.num_rows // 2
-        yield from _split(schema, batch.slice(0, half))
-        yield from _split(schema, batch.slice(half))
-        return
-    stream = to_stream(schema, [batch])
-    if len(stream) > RESPONSE_BYTES_MAX:
-        raise StatementLimit(
-            f"a row of the result has {len(stream)} bytes, a message has room for {RESPONSE_BYTES_MAX}",
-            limit="RESPONSE_BYTES_MAX",
-            value=len(stream),
-        )
-    yield stream, batch.num_rows
 
 
 def _elapsed_ms(began_s: float) -> int:
