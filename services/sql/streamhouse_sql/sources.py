@@ -22,6 +22,7 @@ from shread.scan import ScanRange, scan
 from shruntime.tasks import cancel_and_wait
 
 from streamhouse_sql import telemetry
+from streamhouse_sql.ahead import Ahead
 from streamhouse_sql.arrow import schema_of, to_arrow
 from streamhouse_sql.core.binding import TopicScan
 from streamhouse_sql.decoding import decode_table, decoded_schema
@@ -47,7 +48,7 @@ class Sources:
         self._reads = reads
         self._decoders = decoders
         self._read_wait_ms = read_wait_ms
-        self._feeds: list[_Feed] = []
+        self._feeds: list[Ahead[list[Any]]] = []
         self._is_closed = False
         self.counts = ScanCounts()
         self.error: BaseException | None = None
@@ -58,10 +59,10 @@ class Sources:
         names = topic.columns or ("_offset",)  # count(*) names none
         decode = None if topic.table is None else partial(decode_table, topic.table, columns=topic.fields)
 
-        async def open_feed() -> _Feed:
+        async def open_feed() -> Ahead[list[Any]]:
             if self._is_closed:
                 raise asyncio.CancelledError
-            feed = _Feed(self._batches(ranges, names, decode))
+            feed = Ahead(self._batches(ranges, names, decode), FEED_STEPS, "sql feed")
             self._feeds.append(feed)
             return feed
 
@@ -115,37 +116,6 @@ class Table:
         feed = asyncio.run_coroutine_threadsafe(self._open_feed(), self._loop).result()
         while (step := asyncio.run_coroutine_threadsafe(feed.next(), self._loop).result()) is not None:
             yield from step
-
-
-class _Feed:
-    """Steps of a scan, decoded ahead of their reader."""
-
-    def __init__(self, steps: AsyncGenerator[list[Any]]) -> None:
-        self._made: asyncio.Queue[list[Any]] = asyncio.Queue(FEED_STEPS)
-        self.task = asyncio.create_task(self._make(steps), name="sql feed")
-
-    async def _make(self, steps: AsyncGenerator[list[Any]]) -> None:
-        try:
-            async for step in steps:
-                await self._made.put(step)
-        finally:
-            await steps.aclose()
-
-    async def next(self) -> list[Any] | None:
-        """Returns the record batches of the next step, None at the end. Raises the error that ended the feed, or
-        CancelledError once it is closed."""
-        if self._made.empty() and not self.task.done():
-            taken = asyncio.ensure_future(self._made.get())
-            await asyncio.wait((taken, self.task), return_when=asyncio.FIRST_COMPLETED)
-            if taken.done():
-                return taken.result()
-            await cancel_and_wait(taken)
-            if not taken.cancelled():  # both came at once
-                return taken.result()
-        if not self._made.empty():
-            return self._made.get_nowait()
-        self.task.result()
-        return None
 
 
 def decode_scan(
