@@ -59,7 +59,8 @@ from streamhouse_sql.core.statement import (
 from streamhouse_sql.core.tables import TableColumn, TableDefinition
 from streamhouse_sql.jobs.statements import JobStatements
 from streamhouse_sql.jobs.views import Views
-from streamhouse_sql.ports import Engine, Interrupted
+from streamhouse_sql.live import LiveQueries
+from streamhouse_sql.ports import Engine, Interrupted, JobEngine
 from streamhouse_sql.responses import Answer, responses
 from streamhouse_sql.settings import SqlSettings
 from streamhouse_sql.snapshot import Snapshot, oldest_needed_ms
@@ -81,7 +82,8 @@ _NO_PARAMETERS = Parameters()
 
 
 class SqlService:
-    """Runs statements. `new_engine` opens an engine for a statement. `close` ends those that run."""
+    """Runs statements. `new_engine` opens an engine for a statement, `new_job_engine` for a live query. `close` ends
+    those that run."""
 
     def __init__(
         self,
@@ -89,6 +91,7 @@ class SqlService:
         catalog: Catalog,
         settings: SqlSettings,
         new_engine: Callable[[], Engine],
+        new_job_engine: Callable[[], JobEngine],
         jobs: JobStatements,
         views: Views,
     ) -> None:
@@ -104,11 +107,14 @@ class SqlService:
         self.is_closed = False
         self._ends: set[asyncio.Task[None]] = set()
         self._decoders = ThreadPoolExecutor(settings.sql_threads, "sql decode")
+        self.live = LiveQueries(reads, catalog, settings, new_job_engine, self._decoders)
 
     async def close(self) -> None:
         """Ends the statements that run with ShuttingDown, then the threads."""
         self.is_closed = True
-        await asyncio.gather(*(run.end(ShuttingDown("this SQL service is stopping")) for run in list(self.runs)))
+        await asyncio.gather(
+            self.live.close(), *(run.end(ShuttingDown("this SQL service is stopping")) for run in list(self.runs))
+        )
         if self._ends:
             await asyncio.wait(self._ends)
         self._decoders.shutdown(wait=False, cancel_futures=True)
@@ -120,12 +126,21 @@ class SqlService:
         Raises InvalidArgument, InvalidStatement, StatementFailed, StatementLimit, StatementTimeout, Overloaded, and the
         errors of reading: DataLoss, Unavailable, OffsetBelowStart.
         """
-        timeout_ms = self._checked(text, timeout_ms)
+        self._check_size(text)
         began_s = time.monotonic()
         outcome = "failed"
+        is_live = False
         try:
             # In a thread: a large text takes its parser a second, in which the loop has others to serve.
             statement = await asyncio.to_thread(parse_any, text)
+            is_live = isinstance(statement, ContinuousQuery) and statement.kind == "live"
+            if isinstance(statement, ContinuousQuery) and is_live:
+                timeout_ms = _limited(timeout_ms, "sql_live_timeout_ms", self._settings.sql_live_timeout_ms)
+                async with contextlib.aclosing(self.live.run(statement, timeout_ms)) as answers:
+                    async for answer in answers:
+                        yield answer
+                return
+            timeout_ms = _limited(timeout_ms, "sql_timeout_ms", self._settings.sql_timeout_ms)
             if isinstance(statement, Query):
                 async with contextlib.aclosing(self._run(statement, began_s, timeout_ms, local_views)) as answers:
                     async for answer in answers:
@@ -144,9 +159,10 @@ class SqlService:
             raise
         finally:
             telemetry.statements.add(1, {"outcome": outcome})
-            telemetry.statement_duration_ms.record(_elapsed_ms(began_s))
+            if not is_live:  # whose client chooses how long it takes
+                telemetry.statement_duration_ms.record(_elapsed_ms(began_s))
 
-    def _checked(self, text: str, timeout_ms: int) -> int:
+    def _check_size(self, text: str) -> None:
         size_bytes, limit = len(text.encode()), self._settings.sql_statement_bytes_max
         if size_bytes > limit:
             raise InvalidArgument(
@@ -155,15 +171,6 @@ class SqlService:
                 value=size_bytes,
                 limit=limit,
             )
-        longest_ms = self._settings.sql_timeout_ms
-        if timeout_ms > longest_ms:
-            raise InvalidArgument(
-                f"timeout_ms is {timeout_ms}, sql_timeout_ms is {longest_ms}",
-                field="timeout_ms",
-                value=timeout_ms,
-                limit=longest_ms,
-            )
-        return timeout_ms or longest_ms
 
     async def _turn(self, deadline_s: float, timeout_ms: int) -> _Run:
         """Waits for a statement's turn. Returns the statement, which holds the turn until it is over."""
@@ -649,6 +656,16 @@ async def _within(began_s: float, timeout_ms: int, work: Coroutine[Any, Any, T])
         if not timeout.expired():
             raise
         raise StatementTimeout(f"not done within {timeout_ms} ms", timeout_ms=timeout_ms) from None
+
+
+def _limited(timeout_ms: int, setting: str, limit_ms: int) -> int:
+    """Returns the time limit of a statement: the client's, or that of the setting; 0 for none. Raises
+    InvalidArgument."""
+    if limit_ms and timeout_ms > limit_ms:
+        raise InvalidArgument(
+            f"timeout_ms is {timeout_ms}, {setting} is {limit_ms}", field="timeout_ms", value=timeout_ms, limit=limit_ms
+        )
+    return timeout_ms or limit_ms
 
 
 def _described(rows: Sequence[tuple[str, str, str]]) -> Any:

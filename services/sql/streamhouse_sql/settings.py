@@ -66,6 +66,20 @@ class SqlSettings(ReadSettings):
     sql_statements_waiting_max: int = Field(
         100, ge=0, le=100_000, description="statements that wait for their turn; beyond, callers get OVERLOADED"
     )
+    sql_live_statements_max: int = Field(
+        4,
+        ge=1,
+        le=1_000,
+        description="live queries (EMIT) that run at once, beside sql_statements_max, since they do not end by "
+        "themselves; each may use sql_memory_bytes_max, and as much disk as another statement",
+    )
+    sql_live_timeout_ms: int = Field(
+        0,
+        ge=0,
+        le=604_800_000,
+        description="time after which a live query ends with STATEMENT_TIMEOUT, for clients that nobody looks at any "
+        "more; a client may ask for less. 0: none",
+    )
     sql_statement_bytes_max: int = Field(
         256 * 1024, ge=1, le=1 * MIB, description="length of a statement's text, which takes a parser in Python"
     )

@@ -13,6 +13,10 @@ statements = counter(
     ("done", "failed", "cancelled"),
 )
 statements_running = up_down_counter(_meter, "streamhouse_sql_statements_running", "statements that hold a turn")
+live_statements_running = up_down_counter(
+    _meter, "streamhouse_sql_live_statements_running", "live queries (EMIT) that run"
+)
+live_rows = counter(_meter, "streamhouse_sql_live_rows", "changes that live queries computed for their clients")
 pg_connections = up_down_counter(_meter, "streamhouse_sql_pg_connections", "sessions of PostgreSQL clients")
 statement_duration_ms = _meter.create_histogram(
     "streamhouse_sql_statement_duration_ms", description="time of one statement, its wait for a turn included"

@@ -34,3 +34,18 @@ def in_daemon(work: Callable[[], T]) -> asyncio.Future[T]:
 
     threading.Thread(target=run, name="sql statement", daemon=True).start()
     return done
+
+
+async def run_interruptibly(work: Callable[[], T], interrupt: Callable[[], None]) -> T:
+    """Returns the result of `work`, run in a thread. A caller that is cancelled interrupts the work, and goes on once
+    the thread has ended."""
+    call = in_daemon(work)
+    try:
+        await asyncio.wait((call,))
+    finally:
+        while not call.done():  # the caller is being cancelled; further cancellations are part of that one
+            interrupt()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((call,), timeout=INTERRUPT_AGAIN_MS / 1000)
+        call.exception()  # seen: of work that was ended it is only the interrupt
+    return call.result()

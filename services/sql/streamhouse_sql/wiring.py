@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shcluster.peers import Peers
@@ -127,7 +127,9 @@ def build(
         peers.sql,
     )
     statements = JobStatements(coordinator, catalog, settings, planner(settings), views.changed)
-    sql = SqlService(engine.reads, catalog, settings, lambda: Duck(limits), statements, views)
+    # The order of rows, and so their sums, is part of the result.
+    one_thread = replace(limits, threads=1)
+    sql = SqlService(engine.reads, catalog, settings, lambda: Duck(limits), lambda: Duck(one_thread), statements, views)
     return SqlParts(
         api=SqlApi(sql),
         _service=sql,

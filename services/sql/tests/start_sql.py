@@ -76,7 +76,7 @@ class Sql:
 
     def left(self) -> list[str]:
         """Returns all that is left of statements: runs, tasks, turns, files."""
-        found = [f"run {run}" for run in self.service.runs]
+        found = [f"run {run}" for run in (*self.service.runs, *self.service.live.runs)]
         found += [
             task.get_name()
             for task in asyncio.all_tasks()

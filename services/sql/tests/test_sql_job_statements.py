@@ -41,6 +41,37 @@ def test_an_insert_may_name_the_columns_that_it_writes() -> None:
     assert query("INSERT INTO out (SELECT a FROM t)").columns == ()
 
 
+def test_a_query_with_emit_is_live() -> None:
+    found = query("WITH a AS (SELECT x FROM t) SELECT x FROM a\nEMIT CHANGES -- to look at\n;")
+    assert (found.kind, found.name, found.emit) == ("live", "", "changes")
+    assert found.tree.sql() == "WITH a AS (SELECT x FROM t) SELECT x FROM a"
+    assert query("(SELECT x FROM t) emit on window close").emit == "on window close"
+    explained = parse_job_statement("EXPLAIN SELECT x FROM t EMIT CHANGES")
+    assert isinstance(explained, ExplainContinuous) and explained.query.kind == "live"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT x FROM t",
+        "SELECT emit FROM t",
+        "SELECT x AS emit FROM t ORDER BY emit",
+        "SELECT emit changes FROM t",
+        "SELECT 'EMIT CHANGES'",
+        'SELECT "EMIT" "CHANGES"',
+        "EXPLAIN SELECT x FROM t WHERE emit > 1",
+        "DESCRIBE SELECT x FROM t EMIT CHANGES",
+    ],
+)
+def test_a_query_without_emit_is_bounded(text: str) -> None:
+    assert parse_job_statement(text) is None
+
+
+def test_a_live_query_has_no_limit() -> None:
+    with pytest.raises(InvalidStatement, match="LIMIT is not supported behind EMIT CHANGES"):
+        parse_job_statement("SELECT x FROM t EMIT CHANGES LIMIT 5")
+
+
 def test_window_functions_are_windows() -> None:
     found = query(
         "CREATE MATERIALIZED VIEW v AS SELECT window_start, count(*) AS n "

@@ -74,8 +74,8 @@ class Encoder:
         key = next((name for name in columns if name in KEY_COLUMNS), None)
         fields = [name for name in columns if name not in (value, key)]
         self._has_key = key is not None or bool(key_columns)
-        written = _quoted(value) if value is not None else _json(fields)
-        identity = _quoted(key) if key is not None else _json(key_columns)
+        written = _quoted(value) if value is not None else json_of(fields)
+        identity = _quoted(key) if key is not None else json_of(key_columns)
         self._sql = f"SELECT {written} AS value" + (f", {identity} AS key" if self._has_key else "") + " FROM result"
 
     def encode(self, rows: Any) -> Encoded:
@@ -83,11 +83,11 @@ class Encoder:
         self._engine.add_table("result", rows)
         schema, batches = self._engine.result(self._sql, max(1, rows.num_rows))
         table = pa.Table.from_batches(list(batches), schema=schema)
-        keys = _whole(table.column("key")) if self._has_key else None
+        keys = whole(table.column("key")) if self._has_key else None
         ops = None
         if OP in rows.column_names:
-            ops = _ops(rows.column(OP).to_numpy(), keys)
-        return Encoded(values=_whole(table.column("value")), keys=keys, ops=ops)
+            ops = kinds_of_changes(rows.column(OP).to_numpy(), keys)
+        return Encoded(values=whole(table.column("value")), keys=keys, ops=ops)
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -112,12 +112,13 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _json(columns: Sequence[str]) -> str:
+def json_of(columns: Sequence[str]) -> str:
+    """Returns the expression of a JSON object of these columns."""
     fields = ", ".join(f"'{name.replace(chr(39), chr(39) * 2)}': {_quoted(name)}" for name in columns)
     return f"CAST(to_json({{{fields}}}) AS VARCHAR)"
 
 
-def _whole(column: Any) -> Any:
+def whole(column: Any) -> Any:
     """Returns a chunked column as one array of binary values."""
     column = column.cast(pa.large_binary())
     if column.num_chunks == 1:
@@ -125,8 +126,9 @@ def _whole(column: Any) -> Any:
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.large_binary())
 
 
-def _ops(signs: NDArray[np.int8], keys: Any) -> Any:
-    """Returns the kind of change of each row. Rows of a key stand together, the one before an update first."""
+def kinds_of_changes(signs: NDArray[np.int8], keys: Any) -> Any:
+    """Returns the kind of change of each row: +I, -U, +U or -D, as binary values. `keys`: of the rows, None without.
+    Rows of a key stand together, the one before an update first."""
     kinds = np.where(signs > 0, _INSERT, _DELETE)
     if keys is not None and len(kinds) > 1:
         same = pc.equal(keys.slice(0, len(keys) - 1), keys.slice(1)).fill_null(False)

@@ -280,6 +280,13 @@ class Statements:
             return catalogued
         # In a thread, as in `SqlService.execute`: a large text takes its parser a second.
         statement = await asyncio.to_thread(parse_any, piece.text, parameters=True)
+        if isinstance(statement, ContinuousQuery) and statement.kind == "live":
+            # psql and drivers show a result once it is complete: they would gather rows, and show none.
+            raise PgError(
+                "0A000",
+                f"EMIT {(statement.emit or '').upper()}: a live query has no end, and PostgreSQL's clients wait for "
+                "it; `streamhouse sql` and the SDK read its changes as they come",
+            )
         if isinstance(statement, Explain) and numbers(statement.query.tree):
             raise PgError("0A000", "EXPLAIN of a statement with parameters is not supported")
         return statement

@@ -21,7 +21,8 @@ from streamhouse_sql.core.dialect import StreamHouse, Verbatim
 from streamhouse_sql.core.statement import one_tree
 from streamhouse_sql.core.windows import TOKENS_MAX, Expansion, Window, with_placeholders
 
-Kind = Literal["view", "sink", "insert"]
+# "live": a query of its own, whose result its client reads as it changes. It is no job, and ends with its client.
+Kind = Literal["view", "sink", "insert", "live"]
 # How a result is given out: each change at once, or each window once, when it is over.
 Emit = Literal["changes", "on window close"]
 JOB_KINDS = {"MATERIALIZED VIEW": "view", "SINK": "sink", "JOB": "job"}
@@ -34,9 +35,9 @@ _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContinuousQuery:
-    """CREATE MATERIALIZED VIEW, CREATE SINK or INSERT INTO … SELECT.
+    """CREATE MATERIALIZED VIEW, CREATE SINK, INSERT INTO … SELECT, or a query with EMIT.
 
-    `name`: of the view or sink, empty for INSERT. `target`: the topic or declared table that a sink or INSERT writes,
+    `name`: of the view or sink, empty for others. `target`: the topic or declared table that a sink or INSERT writes,
     `columns` its columns in the order of the query's, empty: those of the query. `emit` None: not said. `tree`: the
     query, in which `windows` stand as tables of these names. `text`: the statement as it was given.
     """
@@ -132,7 +133,19 @@ class _Reader:
             return self._drop()
         if self._take("ALTER"):
             return self._alter()
-        return self._query_statement()
+        return self._query_statement() or self._live()
+
+    def _live(self) -> ContinuousQuery | None:
+        """Returns the query with EMIT at its end; None without, or for a statement that is no query."""
+        if not self._is_at(TokenType.L_PAREN) and not self._is_word(0, "SELECT", "WITH", "FROM", "VALUES"):
+            return None
+        words = _words(self._tokens)
+        if words[-4:-1] == ["EMIT", "CHANGES", "LIMIT"]:  # ksqlDB's form; elsewhere EMIT may be a name
+            raise InvalidStatement(
+                "LIMIT is not supported behind EMIT CHANGES: a live query ends when its client ends it", clause="LIMIT"
+            )
+        is_live = any(tuple(words[-len(clause) :]) == clause for clause in _EMITS)
+        return self._query("live", "", "", (), {}, False) if is_live else None
 
     def _query_statement(self) -> ContinuousQuery | None:
         if self._take("CREATE"):
@@ -366,9 +379,14 @@ _EMITS: Mapping[tuple[str, ...], Emit] = {
 }
 
 
+def _words(tokens: Sequence[Token]) -> list[str]:
+    """Returns the words of a text; names in quotes are empty."""
+    return [token.text.upper() if token.token_type is not TokenType.IDENTIFIER else "" for token in tokens]
+
+
 def without_emit(tokens: list[Token]) -> tuple[Emit | None, list[Token]]:
     """Returns the clause at the end of a query, and the tokens before it. Raises InvalidStatement for another EMIT."""
-    words = [token.text.upper() if token.token_type is not TokenType.IDENTIFIER else "" for token in tokens]
+    words = _words(tokens)
     for clause, emit in _EMITS.items():
         if tuple(words[-len(clause) :]) == clause:
             return emit, tokens[: -len(clause)]
