@@ -25,12 +25,13 @@ if TYPE_CHECKING:
         RecordMetadata,
         TopicPartition,
     )
-    from streamhouse.sql import Sql, SqlResult, SqlStats
+    from streamhouse.sql import LiveColumns, Sql, SqlResult, SqlStats
 
 _MODULES = {
     "Admin": "admin",
     "Consumer": "consumer",
     "ConsumerMetrics": "metrics",
+    "LiveColumns": "sql",
     "MembershipState": "records",
     "OffsetAndMetadata": "records",
     "Producer": "producer",
@@ -55,6 +56,7 @@ __all__ = [
     "Admin",
     "Consumer",
     "ConsumerMetrics",
+    "LiveColumns",
     "MembershipState",
     "OffsetAndMetadata",
     "Producer",

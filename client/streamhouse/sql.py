@@ -9,6 +9,7 @@ on the service.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -49,6 +50,9 @@ ADDRESSES_KEPT_MS = 30_000
 # Enough for a service that was restarted. A statement that ends its service must not end all services in turn.
 LOST_ANSWERS_MAX = 1
 
+# Entry of a schema's metadata; see docs/sql.md.
+LIVE_METADATA = b"streamhouse.live"
+
 _BLANK = r"(?:\s|\(|--[^\n]*(?:\n|\Z)|/\*.*?\*/)*"
 _READS = re.compile(
     rf"{_BLANK}(?:select|with|values|from|table|show|describe|desc|explain)\b", re.IGNORECASE | re.DOTALL
@@ -65,6 +69,15 @@ class SqlStats:
     records_scanned: int
     bytes_scanned: int
     elapsed_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveColumns:
+    """Columns of a live query: `_op` comes first. key_columns: those that identify a row, none if there are none.
+    is_changelog: rows may be taken back."""
+
+    key_columns: tuple[str, ...]
+    is_changelog: bool
 
 
 class Sql(AsyncContext):
@@ -227,6 +240,8 @@ class SqlResult(AsyncIteration):
         self.statement = statement
         self.schema: pyarrow.Schema | None = None
         """Columns of the result, from the first response on."""
+        self.live: LiveColumns | None = None
+        """Columns of a live query (EMIT), from the first response on; None of other statements."""
         self.stats: SqlStats | None = None
         """Cost of the statement, once the whole result was read."""
 
@@ -266,14 +281,24 @@ class SqlResult(AsyncIteration):
         except (arrow.ArrowInvalid, OSError) as error:
             raise Internal(f"a response of the SQL service is no Arrow stream: {error}") from error
         if self.schema is None:
-            self.schema = schema
+            self.schema, self.live = schema, _live_columns(schema)
         elif not schema.equals(self.schema):
             raise Internal(f"the SQL service changed the columns of a result from {self.schema} to {schema}")
         return batches
 
     async def to_arrow(self) -> pyarrow.Table:
-        """Runs the statement, and returns the whole result as a pyarrow.Table."""
-        batches = [batch async for batch in self]
+        """Runs the statement, and returns the whole result as a pyarrow.Table. Raises InvalidArgument for a live
+        query."""
+        batches = []
+        async with aclosing(aiter(self)) as found:
+            async for batch in found:
+                if self.live is not None:
+                    raise InvalidArgument(
+                        "the result of a live query has no end: read its changes by `async for`",
+                        field="statement",
+                        value=self.statement,
+                    )
+                batches.append(batch)
         if self.schema is None:
             raise Internal("the SQL service sent no schema")
         return _pyarrow().Table.from_batches(batches, self.schema)
@@ -301,6 +326,18 @@ class SqlResult(AsyncIteration):
         polars."""
         module = _require("polars", "to_polars()")
         return cast("polars.DataFrame", module.from_arrow(await self.to_arrow()))
+
+
+def _live_columns(schema: pyarrow.Schema) -> LiveColumns | None:
+    """Returns the entry of the service in the schema. Raises Internal if it is damaged."""
+    entry = (schema.metadata or {}).get(LIVE_METADATA)
+    if entry is None:
+        return None
+    try:
+        found = json.loads(entry)
+        return LiveColumns(key_columns=tuple(map(str, found["key_columns"])), is_changelog=bool(found["is_changelog"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise Internal(f"the SQL service said of a live query {entry[:200]!r}") from error
 
 
 def _only_reads(statement: str) -> bool:

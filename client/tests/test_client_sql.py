@@ -1,6 +1,7 @@
 """The SQL client against gRPC services that answer with given Arrow streams."""
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -8,7 +9,7 @@ from collections.abc import AsyncIterator
 import pyarrow as pa
 import pytest
 from shproto.v1 import sql_pb2
-from streamhouse import Sql, errors, sync
+from streamhouse import LiveColumns, Sql, errors, sync
 from streamhouse import sql as client_sql
 
 from client.tests.sql_service import Coordinator, SqlService, arrow_stream, batch, endless, plain_platform
@@ -53,6 +54,39 @@ async def test_batches_come_as_they_are_sent_with_schema_and_stats(service, sql)
         found.append(item)
     assert found == [FIRST, SECOND]
     assert result.stats == client_sql.SqlStats(rows=3, records_scanned=30, bytes_scanned=2048, elapsed_ms=12)
+
+
+def changes(**columns):
+    """Returns changes of a live query as the service sends them."""
+    described = {"streamhouse.live": json.dumps({"key_columns": ["carrier"], "is_changelog": True})}
+    return pa.record_batch(columns, metadata=described)
+
+
+async def test_a_live_query_gives_changes_until_the_loop_is_left(service, sql):
+    rows = changes(_op=["+I", "-U"], carrier=["UA", "AA"])
+    service.answers["SELECT 1 EMIT CHANGES"] = endless(rows.schema, [rows])
+    result = sql("SELECT 1 EMIT CHANGES")
+    assert result.live is None
+    async for item in result:
+        assert item == rows
+        assert result.live == LiveColumns(key_columns=("carrier",), is_changelog=True)
+        break
+    assert await ended(service) == "cancelled"
+
+
+async def test_the_result_of_a_live_query_has_no_end_to_wait_for(service, sql):
+    rows = changes(_op=["+I"], carrier=["UA"])
+    service.answers["SELECT 1 EMIT CHANGES"] = endless(rows.schema, [rows])
+    with pytest.raises(errors.InvalidArgument, match="a live query has no end"):
+        await sql("SELECT 1 EMIT CHANGES").to_pylist()
+    assert await ended(service) == "cancelled"
+
+
+async def test_what_a_service_says_of_a_live_query_is_checked(service, sql):
+    rows = pa.record_batch({"n": [1]}, metadata={"streamhouse.live": "[]"})
+    service.answers["SELECT 1"] = [rows]
+    with pytest.raises(errors.Internal, match="said of a live query"):
+        await sql("SELECT 1").to_arrow()
 
 
 async def test_a_result_without_rows_has_its_columns(service, sql):

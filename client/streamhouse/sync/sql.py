@@ -72,6 +72,11 @@ class SqlResult(PlainIteration):
         return self._inner.schema
 
     @property
+    def live(self) -> sql.LiveColumns | None:
+        """Columns of a live query (EMIT), from the first response on; None of other statements."""
+        return self._inner.live
+
+    @property
     def stats(self) -> sql.SqlStats | None:
         """Cost of the statement, once the whole result was read."""
         return self._inner.stats

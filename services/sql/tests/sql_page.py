@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from shformat import Records
+from streamhouse_sql.core.continuous.statements import ContinuousQuery, parse_job_statement
 
 from services.sql.tests.start_sql import Result
 
@@ -35,6 +38,23 @@ def examples(page: str) -> list[Example]:
         for i, (line, language, text) in enumerate(blocks)
         if language == "sql"
     ]
+
+
+def is_live(statement: str) -> bool:
+    """Returns True for a query that does not end."""
+    found = parse_job_statement(statement)
+    return isinstance(found, ContinuousQuery) and found.kind == "live"
+
+
+def put_together(result: Result) -> Result:
+    """Returns the result of a live query as if all of it had come at once."""
+    rows: Counter[tuple[Any, ...]] = Counter()
+    for row in result.rows:
+        rows[row[1:]] += -1 if row[0] in ("-U", "-D") else 1
+    assert all(count >= 0 for count in rows.values()), "a row is taken back after it was there"
+    left = sorted(rows.elements(), key=str)
+    table = pa.Table.from_pylist([dict(zip(result.names, ("+I", *row), strict=True)) for row in left], result.schema)
+    return Result(schema=result.schema, batches=table.to_batches())
 
 
 def topics(page: str) -> dict[str, dict[int, Records]]:

@@ -1,20 +1,26 @@
 """docs/sql.md shows what happens: its statements are run over its records, in its order."""
 
+import asyncio
+from contextlib import aclosing
+
 import pytest
 from shproto.errors import StreamHouseError
 from streamhouse_sql.core.continuous.statements import parse_job_statement
 
-from services.sql.tests.sql_page import PAGE, Example, examples, shown, topics
-from services.sql.tests.start_sql import Sql, StartSql
+from services.sql.tests.sql_page import PAGE, Example, examples, is_live, put_together, shown, topics
+from services.sql.tests.start_sql import Result, Sql, StartSql
 from tests.platform.read_world import World
 
 pytestmark = pytest.mark.timeout(120)
 
 TEXT = PAGE.read_text()
+PATIENCE_S = 10
 
 
 async def outcome(sql: Sql, example: Example) -> str:
     try:
+        if is_live(example.statement):
+            return await live_outcome(sql, example)
         result = await sql.run(example.statement)
     except StreamHouseError as error:
         return f"error: {error} ({error.reason})\n"
@@ -23,6 +29,19 @@ async def outcome(sql: Sql, example: Example) -> str:
             f"{row[0]}\n" for row in result.rows if row[0].startswith(("scan of", "  columns", "  segments", "  part"))
         )
     return shown(result)
+
+
+async def live_outcome(sql: Sql, example: Example) -> str:
+    """Returns the changes of a live query, put together, once they are what the page shows, or no more come."""
+    result, said = Result(), ""
+    async with aclosing(sql.responses(example.statement)) as responses:
+        while said != example.shown:
+            try:
+                result.add(await asyncio.wait_for(anext(responses), PATIENCE_S))
+            except TimeoutError:
+                break
+            said = shown(put_together(result))
+    return said
 
 
 async def test_the_pages_statements_do_what_it_shows(platform: World, start_sql: StartSql) -> None:
@@ -37,7 +56,11 @@ async def test_the_pages_statements_do_what_it_shows(platform: World, start_sql:
             await platform.produce_records(records.slice(half, len(records)), topic, number)
     sql = await start_sql()
     # Those of continuous queries are run by test_sql_page_continuous.py.
-    found = [example for example in examples(TEXT) if parse_job_statement(example.statement) is None]
+    found = [
+        example
+        for example in examples(TEXT)
+        if parse_job_statement(example.statement) is None or is_live(example.statement)
+    ]
     assert len(found) > 30
     wrong = []
     for example in found:

@@ -196,9 +196,10 @@ class _Translator:
 
     def statement(self, text: str) -> list[Translated]:
         job = parse_job_statement(text)
-        if isinstance(job, ContinuousQuery):
+        is_live = isinstance(job, ContinuousQuery) and job.kind == "live"  # a SELECT, with or without EMIT
+        if isinstance(job, ContinuousQuery) and not is_live:
             return self._continuous(job)
-        if job is not None:
+        if job is not None and not is_live:
             raise self._lacks(_first_words(text), _TRANSLATED)
         tokens = StreamHouse().tokenize(text)
         emit, kept = without_emit(tokens)

@@ -223,6 +223,8 @@ class JobStatements:
 
     async def _explain(self, query: ContinuousQuery) -> list[str]:
         plan, _ = await self._planned(query)
+        if query.kind == "live":
+            return ["live query", *explained_job(plan), "parallelism: one task, in the service that the client asked"]
         topic = self._check_output(query, plan)
         lines = [f"{query.kind} to topic {topic}", *explained_job(plan)]
         return [*lines, "parallelism: one task, in the worker that holds the job"]
