@@ -151,6 +151,14 @@ async def test_a_declared_table_that_came_a_moment_ago_is_known(platform: World,
         assert await watched.until(1) == [("+I", "UA")]
 
 
+async def test_explain_says_what_a_live_query_reads_and_keeps(platform: World, start_sql: StartSql) -> None:
+    await one_topic(platform)
+    sql = await start_sql()
+    lines = [row[0] for row in (await sql.run(f"EXPLAIN {BY_CARRIER}")).rows]
+    assert lines[0] == "live query" and any(line.startswith("state ") for line in lines)
+    assert any("topic t" in line for line in lines) and sql.left() == []
+
+
 # ---- ends
 
 

@@ -160,6 +160,7 @@ async def test_an_error_has_its_place_in_the_whole_text(sql: Sql) -> None:
         ("SELECT 'open", "42601"),
         ("SELECT CAST('x' AS INT)", "22P02"),
         ("DELETE FROM orders", "0A000"),
+        ("SELECT count(*) AS n FROM orders EMIT CHANGES", "0A000"),
         ("SELECT $1", "42P02"),
         ("SELECT * FROM read_csv('/etc/passwd')", "0A000"),
         ("SELECT * FROM pg_class, read_text('/etc/passwd')", "0A000"),
