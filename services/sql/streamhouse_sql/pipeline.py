@@ -148,6 +148,8 @@ class Pipeline:
             self._engine.close()
             raise
         self._state_rows = dict.fromkeys(self._program.states, 0)
+        # True if the decoded inputs of the last step are still in their tables.
+        self._has_rows = False
         self._state_bytes = 0
 
     def _make_state(self) -> None:
@@ -185,11 +187,13 @@ class Pipeline:
         Raises StatementFailed, StatementLimit, DataLoss, Interrupted, after which the pipeline is as before the call.
         """
         self._check(inputs)
-        self._read(inputs)
+        if inputs:
+            self._read(inputs)
+        has_rows = any(records.num_rows for records in inputs.values())
         try:
             self._engine.run("BEGIN")
             try:
-                step, watermarks, marks, state_rows = self._computed(inputs, idle, now_us)
+                step, watermarks, marks, state_rows = self._computed(inputs, has_rows, idle, now_us)
                 self._engine.run("COMMIT")
             except BaseException:
                 self._engine.roll_back()
@@ -197,7 +201,9 @@ class Pipeline:
         except StatementFailed as error:
             raise _with_place(error) from error
         finally:
-            self._read({})
+            if inputs:
+                self._read({})
+        self._has_rows = has_rows
         self._watermarks, self._marks, self._state_rows = watermarks, marks, state_rows
         return step
 
@@ -214,18 +220,17 @@ class Pipeline:
                 )
 
     def _computed(
-        self, inputs: Mapping[str, pa.Table], idle: Collection[tuple[str, int]], now_us: int
+        self, inputs: Mapping[str, pa.Table], has_rows: bool, idle: Collection[tuple[str, int]], now_us: int
     ) -> tuple[Step, Watermarks, dict[str, int], dict[str, int]]:
         before = self._watermarks.value
-        has_rows = any(records.num_rows for records in inputs.values())
         seen: dict[tuple[str, int], int] = {}
         late: list[pa.Table] = []
         bad: list[pa.Table] = []
         numbers = _numbers(before, before, now_us)
         late_rows = bad_rows = 0
         for source in self._program.sources:
-            if not source.table:
-                continue
+            if not source.table or not (has_rows or self._has_rows):
+                continue  # the table is as empty as it was
             records = inputs.get(source.input)
             self._engine.run(f"CREATE OR REPLACE TEMP TABLE {source.table} AS {_with(source.decode, numbers)}")
             if records is None or not records.num_rows:

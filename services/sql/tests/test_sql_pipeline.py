@@ -308,3 +308,13 @@ def test_every_function_that_gives_another_value_each_time_is_refused(tmp_path: 
 def test_a_statement_is_kept_as_text() -> None:
     text = "CREATE SINK s INTO out AS SELECT item FROM orders"
     assert continuous(text).text == text
+
+
+def test_columns_that_only_a_star_names_are_not_decoded() -> None:
+    log = orders(0, 0)
+    plan = plan_of("INSERT INTO out SELECT item FROM (SELECT * FROM orders) AS o WHERE n > 1", log, TABLES)
+    (source,) = plan.program.sources
+    assert "price" not in source.decode
+    assert "item" in source.decode
+    plan = plan_of("INSERT INTO out SELECT _key FROM (SELECT * FROM raw) AS o", Log({"raw": 1}), {})
+    assert plan.inputs[0].columns == ("_key", "_partition", "_offset")

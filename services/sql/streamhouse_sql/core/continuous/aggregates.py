@@ -138,13 +138,6 @@ def has_aggregate(node: exp.Expr) -> bool:
     )
 
 
-def uses_time(node: exp.Expr) -> bool:
-    """True if FIRST or LAST stands anywhere in the expression."""
-    return any(
-        _ALIASES.get(call.name.lower(), call.name.lower()) in ("first", "last") for call in node.find_all(exp.Anonymous)
-    )
-
-
 def parts_of(call: Aggregate) -> Sequence[Part]:
     """Returns the parts of an aggregate over rows that are only ever added."""
     where = f" FILTER (WHERE {call.where})" if call.where else ""

@@ -27,7 +27,7 @@ class Relation:
     `key`: columns that identify a row, None if none do. `guard`: the change is empty in micro-batches that it does not
     let run. `sort`: columns that come first in the order of the result. `is_ordered`: rows come in the order of the
     records. `windows`: the window's name of columns that are of the window that has ended. `is_final`: all rows are of
-    windows that have ended."""
+    windows that have ended. `has_places`: the hidden place in the log is of one row only."""
 
     sql: str
     columns: tuple[str, ...]
@@ -39,6 +39,7 @@ class Relation:
     is_ordered: bool = False
     windows: Mapping[str, str] = field(default_factory=dict)
     is_final: bool = False
+    has_places: bool = False
 
     def all_columns(self) -> list[str]:
         """Returns the names of all columns, those of ours behind the node's."""

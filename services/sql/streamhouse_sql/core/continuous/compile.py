@@ -174,7 +174,13 @@ class _Compiler:
         from_ = source.table or f"({source.decode})"
         columns = tuple(column for column in node.columns if column in self._scans[key])
         shown = ", ".join(quoted(name) for name in (*columns, *hidden))
-        return Relation(sql=f"SELECT {shown} FROM {from_}", columns=columns, hidden=tuple(hidden), is_ordered=True)
+        return Relation(
+            sql=f"SELECT {shown} FROM {from_}",
+            columns=columns,
+            hidden=tuple(hidden),
+            is_ordered=True,
+            has_places=node.table is None or node.table.csv is None,  # a record of CSV may have several rows
+        )
 
     def _source(self, node: Scan, key: tuple[str, str]) -> SourceProgram:
         needed = self._scans[key]
@@ -187,6 +193,8 @@ class _Compiler:
             f'"_offset" AS {quoted(OFFSET)}',
         ]
         watermark = table.watermark if table is not None and self._uses_time else None
+        if table is not None and table.watermark is not None and (watermark or self._needs_order):
+            needed = needed | {table.watermark[0]}
         if self._needs_order:
             time = quoted(table.watermark[0]) if table is not None and table.watermark else '"_timestamp"'
             place.append(f"epoch_us({time}) AS {quoted(TIME)}")
@@ -245,6 +253,7 @@ class _Compiler:
             sql=f"SELECT {', '.join([*items, *rest])} FROM {from_}{where}",
             columns=node.columns,
             key=key,
+            has_places=source.has_places and not node.unnests,
             sort=tuple(shown[quoted(name)] for name in source.sort if quoted(name) in shown),
             windows={shown[quoted(name)]: of for name, of in source.windows.items() if quoted(name) in shown},
         )
@@ -262,6 +271,7 @@ class _Compiler:
             sql=bare(source.sql, node) if is_bare else in_windows(source.sql, node),
             columns=node.columns,
             hidden=(*source.hidden, *hidden_of(node, is_bare=is_bare)),
+            has_places=source.has_places and (is_bare or node.window.function == "TUMBLE"),
         )
 
     def _group(self, node: Group) -> Relation:

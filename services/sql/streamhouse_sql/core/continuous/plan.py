@@ -10,7 +10,7 @@ from shproto.errors import InvalidStatement
 from sqlglot import exp
 
 from streamhouse_sql.core.columns import COLUMN_NAMES
-from streamhouse_sql.core.continuous.aggregates import Aggregate, aggregate_of, has_aggregate, uses_time
+from streamhouse_sql.core.continuous.aggregates import Aggregate, aggregate_of, has_aggregate
 from streamhouse_sql.core.continuous.joins import Tables, joined
 from streamhouse_sql.core.continuous.names import Scope, check_marks, conjuncts, quoted, resolved, written
 from streamhouse_sql.core.continuous.nodes import (
@@ -23,6 +23,7 @@ from streamhouse_sql.core.continuous.nodes import (
     Windowed,
     identity,
 )
+from streamhouse_sql.core.continuous.prune import pruned
 from streamhouse_sql.core.continuous.statements import ContinuousQuery, parse_query
 from streamhouse_sql.core.dialect import Verbatim
 from streamhouse_sql.core.tables import TableDefinition
@@ -51,7 +52,7 @@ def planned(query: ContinuousQuery, topics: Mapping[str, int], tables: Mapping[s
         for name in node.columns:
             if name.startswith(_UNNAMED) and not query.columns:
                 raise InvalidStatement(f"column {name.removeprefix(_UNNAMED)} needs a name: … AS name", clause="AS")
-        return node
+        return pruned(node)
     except RecursionError:
         raise InvalidStatement("the statement is nested too deeply") from None
     except InvalidStatement as error:
@@ -72,7 +73,6 @@ class _Planner:
         self._topics = topics
         self._tables = tables
         self._has_star = _has_star(query.tree)
-        self._uses_time = bool(query.windows) or query.tree.find(exp.Join) is not None or uses_time(query.tree)
         self._named = {identifier.name.lower() for identifier in query.tree.find_all(exp.Identifier)}
         # The windows' tables come on top: their columns are found when they are planned, which is before the scans.
         for window in query.windows.values():
@@ -319,8 +319,8 @@ class _Planner:
 
     def _needed(self, topic: str, table: TableDefinition | None, columns: tuple[str, ...]) -> Scan:
         needed = {column for column in columns if self._has_star or column.lower() in self._named}
-        if table is not None and table.watermark is not None and self._uses_time:
-            needed.add(table.watermark[0])
+        if table is not None and table.watermark is not None:
+            needed.add(table.watermark[0])  # joins and windows use it unnamed; pruning leaves it out of other plans
         return Scan(topic=topic, table=table, columns=columns, needed=frozenset(needed))
 
 

@@ -172,4 +172,5 @@ def _by(partition: list[str]) -> str:
 def _total(node: TopN, source: Relation) -> str:
     """Returns terms of ORDER BY that tell all rows apart."""
     place = [name for name in _PLACE if name in source.hidden]
-    return ", ".join([*node.order, *map(quoted, [*place, *source.columns])])
+    rest = () if source.has_places else source.columns
+    return ", ".join([*node.order, *map(quoted, [*place, *rest])])
