@@ -9,7 +9,7 @@ from typing import Any
 import asyncpg
 import pytest
 from shformat import Records, SegmentBuilder, encode_batch
-from shproto.errors import InvalidArgument, MetadataWentBack
+from shproto.errors import InvalidArgument, MetadataWentBack, UnknownProducer
 from shproto.events import GroupDeleted
 from shproto.v1 import coordinator_pb2 as pb
 from shstore import MemoryStore
@@ -120,6 +120,25 @@ async def test_a_restored_database_knows_what_was_registered_after_the_backup(
             before = await rows_of(fresh)
             await restored.context.store.rebuild()
             assert await rows_of(fresh) == before
+
+
+async def test_a_named_producer_of_before_a_restore_is_refused_until_it_is_deleted(
+    coordinator: CoordinatorService, open_agent: OpenAgent, dsn: str, fast: Fast
+) -> None:
+    """A new id would know of no sequence, so its stream would begin at 0 and be written twice."""
+    taken = await coordinator.api.init_producer(pb.InitProducerRequest(name="sink"))
+    async with platform(coordinator, open_agent) as stored, another_database(dsn) as fresh:
+        await wiring.take_backup(dsn, stored.store)
+        await restore(fresh, stored.store)
+        async with running(fast(fresh)) as restored:
+            with pytest.raises(UnknownProducer, match="from before the metadata was restored") as refused:
+                await restored.api.init_producer(pb.InitProducerRequest(name="sink"))
+            assert refused.value.details["producer_id"] == str(taken.producer_id)
+            other = await restored.api.init_producer(pb.InitProducerRequest(name="another"))
+            assert (other.producer_id > JUMP_PRODUCER_IDS, other.producer_epoch) == (True, 1)
+            await restored.api.delete_producer(pb.DeleteProducerRequest(name="sink"))
+            anew = await restored.api.init_producer(pb.InitProducerRequest(name="sink"))
+            assert (anew.producer_id > other.producer_id, anew.producer_epoch) == (True, 1)
 
 
 async def test_a_topic_created_again_long_after_comes_back(
