@@ -50,6 +50,18 @@ def test_the_readmes_ten_lines_of_python(server: str, tmp_path: Path) -> None:
         assert re.fullmatch(r"""[0-3] \d+ b'user-1' b'\{"amount": 12\}'\n""", out) and not err, out + err
 
 
+def test_the_readmes_lines_of_sql(server: str, tmp_path: Path) -> None:
+    test_the_readmes_ten_lines_of_python(server, tmp_path)
+    (block,) = (block for block in blocks("README.md", "") if block.startswith("streamhouse sql"))
+    with Consumer(server, ["payments"], stop_at_end=True) as consumer:
+        count = sum(len(batch) for batch in consumer.batches())
+    out, _ = shell(block, server, tmp_path)
+    assert "CREATE TABLE" in out and "CREATE MATERIALIZED VIEW" in out
+    hours = [(int(n), int(amount)) for n, amount in re.findall(r"^20\d\d-.* (\d+) +(\d+)$", out, re.MULTILINE)]
+    assert [sum(column) for column in zip(*hours, strict=True)] == [count, 12 * count], out
+    assert f"({count} rows)" in out
+
+
 def test_the_readmes_command_line(server: str, tmp_path: Path) -> None:
     (block,) = (block for block in blocks("README.md", "") if "streamhouse topic create" in block)
     lines = block.splitlines()
