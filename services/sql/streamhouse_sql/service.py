@@ -501,7 +501,7 @@ class _Run:
             self.engine.add_table(scan.name, table)
         for view in bound.views:
             self._must_go_on()
-            reading = asyncio.ensure_future(self._service.views.table(view.view, is_local=local_views))
+            reading = asyncio.ensure_future(self._service.views.table(view.view, view.equals, is_local=local_views))
             self._lookup = reading
             self.engine.add_table(view.name, await self._result(reading))
         return snapshot, oldest_ms

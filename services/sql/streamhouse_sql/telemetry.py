@@ -1,5 +1,7 @@
 """Metrics of the SQL service; no-ops until the process installs an SDK."""
 
+from collections.abc import Callable, Mapping
+
 from opentelemetry import metrics
 from shruntime.counters import counter, up_down_counter
 
@@ -23,6 +25,17 @@ statement_duration_ms = _meter.create_histogram(
 )
 records_scanned = counter(_meter, "streamhouse_sql_records_scanned", "records decoded for statements")
 bytes_scanned = counter(_meter, "streamhouse_sql_bytes_scanned", "encoded batches read for statements")
+
+
+def export_jobs(gauges: Mapping[str, tuple[str, Callable[[], int]]]) -> None:
+    """Registers gauges of jobs: (description, function of the value) by name."""
+
+    def observed(read: Callable[[], int]) -> Callable[[metrics.CallbackOptions], list[metrics.Observation]]:
+        return lambda _: [metrics.Observation(read())]
+
+    for name, (description, read) in gauges.items():
+        _meter.create_observable_gauge(name, [observed(read)], description=description)
+
 
 job_steps = counter(_meter, "streamhouse_sql_job_steps", "micro-batches of jobs that were run")
 job_rows_in = counter(_meter, "streamhouse_sql_job_rows_in", "records that jobs have read")

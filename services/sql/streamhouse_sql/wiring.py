@@ -22,6 +22,7 @@ from shruntime.tasks import Tasks
 from shstore import ObjectStore
 from shstore.open import configured_store
 
+from streamhouse_sql import telemetry
 from streamhouse_sql.adapters.duck import Duck, DuckLimits, open_temp_dir
 from streamhouse_sql.api import SqlApi
 from streamhouse_sql.catalog import Catalog
@@ -66,6 +67,7 @@ class SqlParts:
         await self._engine.start(address)
         for name, measure in self._measuring.items():
             self.tasks.spawn(name, measure())
+        telemetry.export_jobs(self._worker.gauges())
         self.tasks.spawn("jobs", self._worker.run())
         if (listener := self._listen()) is not None:
             await self._pg.start(listener)
@@ -126,7 +128,7 @@ def build(
         lambda job: worker.parts.plan_of(job, catalog.topics()).plan.output_columns,
         peers.sql,
     )
-    statements = JobStatements(coordinator, catalog, settings, planner(settings), views.changed)
+    statements = JobStatements(coordinator, catalog, settings, planner(settings), views.changed, worker.trouble)
     # The order of rows, and so their sums, is part of the result.
     one_thread = replace(limits, threads=1)
     sql = SqlService(engine.reads, catalog, settings, lambda: Duck(limits), lambda: Duck(one_thread), statements, views)

@@ -14,6 +14,7 @@ from shproto.errors import (
     UnknownJob,
     UnknownTopic,
 )
+from streamhouse_sql.jobs.run import Equals
 
 from services.sql.tests.job_world import JobWorld, by_number, job_world
 from services.sql.tests.start_sql import Sql
@@ -160,6 +161,30 @@ async def test_a_view_is_asked_of_the_worker_that_holds_it(world: JobWorld, sql:
         await sql.run("ALTER MATERIALIZED VIEW late PAUSE")
         with pytest.raises(InvalidStatement, match="paused"):
             await other.run("SELECT n FROM late")
+
+
+async def test_a_view_is_looked_up_by_the_columns_of_a_where(world: JobWorld, sql: Sql) -> None:
+    await sql.run(VIEW)
+    await until_rows(sql, "SELECT n FROM late", 10)
+    taken: list[dict[str, object]] = []
+    (run,) = sql.parts._worker.runs.values()
+    table = run.view_table
+
+    async def view_table(equals: Equals = ()) -> object:
+        taken.append(dict(equals))
+        return await table(equals)
+
+    run.view_table = view_table  # type: ignore[method-assign]
+    async with world.sql("other") as other:
+        for asked in (sql, other):
+            taken.clear()
+            assert (await asked.run("SELECT n, carrier FROM late WHERE n = 4 AND carrier = 'AA'")).rows == [(4, "AA")]
+            assert (await asked.run("SELECT n FROM late AS l WHERE 6 = l.n")).rows == [(6,)]
+            assert (await asked.run("SELECT n FROM late WHERE carrier = 'it''s'")).rows == []
+            # An OR, another type: the query decides alone.
+            assert (await asked.run("SELECT count(*) FROM late WHERE n = 4 OR n = 6")).value == 2
+            assert (await asked.run("SELECT count(*) FROM late WHERE n = 4.0")).value == 1
+            assert taken == [{"n": 4, "carrier": "AA"}, {"n": 6}, {"carrier": "it's"}, {}, {}]
 
 
 async def test_a_view_survives_the_restart_of_its_service(world: JobWorld) -> None:

@@ -91,11 +91,12 @@ class TopicScan:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewScan:
     """A materialized view as a FROM or JOIN of a query reads it. `name`: of the table that stands for it in the bound
-    SQL. `columns`: (name, DuckDB type)."""
+    SQL. `columns`: (name, DuckDB type). `equals`: (column, value) that all rows have that the query needs."""
 
     name: str
     view: str
     columns: tuple[tuple[str, str], ...]
+    equals: tuple[tuple[str, int | str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +165,8 @@ def _bind(
             name = f"{prefix}{len(scans) + len(view_scans)}"
             if (view := _view_of(source, views)) is not None:
                 edits.append(_edit(query.text, source, name))
-                view_scans.append(ViewScan(name=name, view=source.name.lower(), columns=view))
+                equals = _equals(scope, source, view, parameters)
+                view_scans.append(ViewScan(name=name, view=source.name.lower(), columns=view, equals=equals))
                 continue
             alias = source.args.get("alias")
             renamed = bool(alias is not None and alias.columns)
@@ -387,6 +389,36 @@ def _pushdown(scope: Scope, table: exp.Table, parameters: Parameters) -> Pushdow
     return Pushdown(
         partitions=partitions, offset_min=offset_min, offset_max=offset_max, timestamps_min=tuple(timestamps)
     )
+
+
+def _equals(
+    scope: Scope, table: exp.Table, columns: tuple[tuple[str, str], ...], parameters: Parameters
+) -> tuple[tuple[str, int | str], ...]:
+    """Returns the columns of a view that WHERE compares with a constant of their own type: a view is looked up by
+    them. Other comparisons cast, and are left to the query."""
+    select = scope.expression
+    alias = table.args.get("alias")
+    where = select.args.get("where") if isinstance(select, exp.Select) else None
+    if where is None or table.find_ancestor(exp.Select) is not select or (alias is not None and alias.columns):
+        return ()
+    if not _joins_allow(select) or table.args.get("sample") or select.args.get("sample"):
+        return ()
+    known = {name.lower(): (name, kind) for name, kind in columns}
+    found: dict[str, int | str] = {}
+    for column, operator, compared in _comparisons(where.this, table.alias_or_name, alone=len(scope.sources) == 1):
+        if operator != "=" or column not in known:
+            continue
+        name, kind = known[column]
+        value = with_values(compared[0], parameters)
+        number = _integer(value)
+        if kind in _INTEGERS and number is not None and -(1 << 63) <= number < 1 << 63:
+            found[name] = number
+        elif kind == "VARCHAR" and isinstance(value, exp.Literal) and value.is_string:
+            found[name] = value.name
+    return tuple(found.items())
+
+
+_INTEGERS = ("BIGINT", "INTEGER", "SMALLINT", "TINYINT")
 
 
 def _joins_allow(select: exp.Select) -> bool:

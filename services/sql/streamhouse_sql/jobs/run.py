@@ -45,6 +45,7 @@ from streamhouse_sql.settings import SqlSettings
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 # A micro-batch that is journalled, and its records; None: no more come.
+Equals = tuple[tuple[str, int | str], ...]
 _Ahead = tuple[MicroBatch, Mapping[str, Any]] | None
 
 # A step that is to end is interrupted again after this time: an interrupt between two statements is lost.
@@ -165,12 +166,15 @@ class JobRun:
         """Makes `run` return after the micro-batch that runs, with everything stored."""
         self._is_stopping.set()
 
-    async def view_table(self) -> Any:
-        """Returns the whole result of a view as a `pyarrow.Table`. Raises Unavailable before the state is restored."""
+    async def view_table(self, equals: Equals = ()) -> Any:
+        """Returns the result of a view as a `pyarrow.Table`: all of it, or the rows with these values of columns.
+        Raises Unavailable before the state is restored."""
         # One at a time: the second cursor of an instance is not for several threads.
         async with self._view_lock:
             if self._pipeline is None or not self._is_ready:
                 raise Unavailable(f"view {self.job.job} is not restored yet", retry_after_ms=RETRY_MS_MAX)
+            if equals:
+                return await run_to_end(self._pipeline.lookup, *zip(*equals, strict=True))
             return await run_to_end(self._pipeline.view_table)
 
     @property

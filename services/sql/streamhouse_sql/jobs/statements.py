@@ -81,7 +81,7 @@ def tag_of(statement: JobStatement) -> str:
 
 class JobStatements:
     """Runs statements about jobs. `plan` makes the program of a query, and blocks. `changed` is called once the jobs
-    are others."""
+    are others; `trouble` returns the reason for which a job of this process waits."""
 
     def __init__(
         self,
@@ -90,12 +90,14 @@ class JobStatements:
         settings: SqlSettings,
         plan: PlanJob,
         changed: Callable[[], None],
+        trouble: Callable[[str], str],
     ) -> None:
         self._coordinator = coordinator
         self._catalog = catalog
         self._settings = settings
         self._plan = plan
         self._changed = changed
+        self._trouble = trouble
 
     async def run(self, statement: JobStatement) -> Any:
         """Returns the result as a `pyarrow.RecordBatch`. Raises InvalidStatement, JobExists, UnknownJob, UnknownTopic,
@@ -113,7 +115,7 @@ class JobStatements:
                     pb.AlterSqlJobRequest(job=job.job, state=_ACTIONS[statement.action])
                 )
             case ShowJobs(kind):
-                return _shown([job for job in await self._jobs() if kind in ("job", job.kind)])
+                return self._shown([job for job in await self._jobs() if kind in ("job", job.kind)])
         self._changed()
         return _status([tag_of(statement)])
 
@@ -244,6 +246,28 @@ class JobStatements:
                     await self._coordinator.delete_topic(pb.DeleteTopicRequest(topic=job.output_topic))
             await self._catalog.refresh()
 
+    def _shown(self, jobs: Sequence[pb.SqlJobInfo]) -> Any:
+        rows = [
+            (
+                job.job,
+                job.kind,
+                job.state,
+                job.output_topic,
+                job.worker_id,
+                job.epoch,
+                job.journal_number,
+                job.checkpoint_number,
+                job.progress.lag_records if job.HasField("progress") else None,
+                job.progress.watermark_us if job.progress.HasField("watermark_us") else None,
+                job.progress.state_bytes if job.HasField("progress") else None,
+                job.reason or self._trouble(job.job),
+                job.statement,
+            )
+            for job in jobs
+        ]
+        columns: dict[str, list[Any]] = {name: [row[at] for row in rows] for at, (name, _, _) in enumerate(JOB_COLUMNS)}
+        return table_of(columns, {name: kind for name, _, kind in JOB_COLUMNS})
+
 
 def _name_of(target: str) -> str:
     """Returns a name for the job of an INSERT."""
@@ -267,26 +291,3 @@ def _check_table(table: TableDefinition, columns: Sequence[str]) -> None:
 
 def _status(lines: Sequence[str]) -> Any:
     return table_of({"status": list(lines)}, {"status": pa.string()})
-
-
-def _shown(jobs: Sequence[pb.SqlJobInfo]) -> Any:
-    rows = [
-        (
-            job.job,
-            job.kind,
-            job.state,
-            job.output_topic,
-            job.worker_id,
-            job.epoch,
-            job.journal_number,
-            job.checkpoint_number,
-            job.progress.lag_records if job.HasField("progress") else None,
-            job.progress.watermark_us if job.progress.HasField("watermark_us") else None,
-            job.progress.state_bytes if job.HasField("progress") else None,
-            job.reason,
-            job.statement,
-        )
-        for job in jobs
-    ]
-    columns: dict[str, list[Any]] = {name: [row[at] for row in rows] for at, (name, _, _) in enumerate(JOB_COLUMNS)}
-    return table_of(columns, {name: kind for name, _, kind in JOB_COLUMNS})

@@ -23,6 +23,8 @@ from shproto.v1 import sql_pb2
 from shruntime.clock import Clock
 from shruntime.tasks import Backoff, sleep_ms
 
+from streamhouse_sql.core.continuous.names import quoted, text_of
+from streamhouse_sql.jobs.run import Equals
 from streamhouse_sql.jobs.worker import JobWorker
 from streamhouse_sql.settings import SqlSettings
 
@@ -91,25 +93,25 @@ class Views:
             log.error("the statement of view %s cannot be planned, and the view is hidden: %s", job.job, error.message)
             return None
 
-    async def table(self, name: str, *, is_local: bool) -> Any:
-        """Returns the whole result of a view as a `pyarrow.Table`; waits for a job that is being taken over, for
-        `sql_read_wait_ms`. `is_local`: the caller asks the worker that holds the job. Raises Unavailable,
-        InvalidStatement for a job that is paused or has failed, StatementLimit."""
+    async def table(self, name: str, equals: Equals, *, is_local: bool) -> Any:
+        """Returns the result of a view as a `pyarrow.Table`, or the rows with these values of columns; waits for a job
+        that is being taken over, for `sql_read_wait_ms`. `is_local`: the caller asks the worker that holds the job.
+        Raises Unavailable, InvalidStatement for a job that is paused or has failed, StatementLimit."""
         deadline_ms = self._clock.monotonic_ms() + self._settings.sql_read_wait_ms
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         while True:
             try:
-                return await self._table(name, is_local)
+                return await self._table(name, equals, is_local)
             except Unavailable:
                 if is_local or self._clock.monotonic_ms() >= deadline_ms:
                     raise
             await sleep_ms(backoff.next_ms())
 
-    async def _table(self, name: str, is_local: bool) -> Any:
+    async def _table(self, name: str, equals: Equals, is_local: bool) -> Any:
         run = self._worker.runs.get(name)
         if run is not None:
             self._worker.check_holder()
-            return await run.view_table()
+            return await run.view_table(equals)
         if is_local:
             raise Unavailable(f"this worker does not hold view {name}", retry_after_ms=RETRY_MS_MAX)
         await self._list()
@@ -124,10 +126,12 @@ class Views:
             )
         if not job.worker_address:
             raise Unavailable(f"no worker holds view {name} at the moment", retry_after_ms=RETRY_MS_MAX)
-        return await self._remote(name, job)
+        return await self._remote(name, job, equals)
 
-    async def _remote(self, name: str, job: pb.SqlJobInfo) -> Any:
-        request = sql_pb2.ExecuteRequest(statement=f'SELECT * FROM "{name}"', local_views=True)
+    async def _remote(self, name: str, job: pb.SqlJobInfo, equals: Equals) -> Any:
+        values = (f"{quoted(column)} = {text_of(x) if isinstance(x, str) else x}" for column, x in equals)
+        where = f" WHERE {' AND '.join(values)}" if equals else ""
+        request = sql_pb2.ExecuteRequest(statement=f"SELECT * FROM {quoted(name)}{where}", local_views=True)
         answers = self._sql_at(job.worker_address).execute(request)
         limit = self._settings.sql_memory_bytes_max
         tables: list[Any] = []

@@ -74,6 +74,33 @@ class JobWorker:
         """Runs of the jobs that this worker holds, by name of the job."""
         return {held.run.job.job: held.run for held in self._held.values()}
 
+    def gauges(self) -> dict[str, tuple[str, Callable[[], int]]]:
+        """Returns what is measured of the jobs that this worker holds: (description, function) by name."""
+
+        def total(value: Callable[[JobRun], int]) -> Callable[[], int]:
+            return lambda: sum(value(held.run) for held in self._held.values())
+
+        return {
+            "streamhouse_sql_jobs_running": ("jobs that this worker holds", total(lambda run: 1)),
+            "streamhouse_sql_job_lag_records": (
+                "records written to the inputs of its jobs and not read yet",
+                total(lambda run: run.progress().lag_records),
+            ),
+            "streamhouse_sql_job_state_bytes": (
+                "memory of the state of its jobs",
+                total(lambda run: run.progress().state_bytes),
+            ),
+            "streamhouse_sql_jobs_waiting": (
+                "jobs that wait for output or input that exists and does not come",
+                total(lambda run: bool(run.trouble)),
+            ),
+        }
+
+    def trouble(self, job: str) -> str:
+        """Returns the reason for which a job that runs here waits, empty if it does not."""
+        run = self.runs.get(job)
+        return run.trouble if run is not None else ""
+
     def wake(self) -> None:
         """Makes the next tick begin at once: there may be a job for this worker."""
         self._wake.set()
