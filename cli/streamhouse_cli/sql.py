@@ -18,7 +18,17 @@ from streamhouse_cli.options import Number, bootstrap_option
 from streamhouse_cli.output import Output
 from streamhouse_cli.process import is_terminal, run
 from streamhouse_cli.sql_formats import BINARY, FORMATS, new_format
-from streamhouse_cli.sql_running import Write, checked_statements, has_styles, open_sql, statement_error, write_result
+from streamhouse_cli.sql_live import LiveTable
+from streamhouse_cli.sql_running import (
+    Write,
+    checked_statements,
+    has_styles,
+    open_sql,
+    redraws,
+    statement_error,
+    write_result,
+)
+from streamhouse_cli.sql_screen import Screen
 from streamhouse_cli.sql_sources import read_source
 from streamhouse_cli.sql_statements import Statement
 from streamhouse_cli.sql_translate import translate
@@ -102,12 +112,21 @@ async def _run_all(
 
     terminal = output is None and is_terminal(sys.stdout)
     styled = terminal and has_styles()
+    draws = terminal and shape == "table" and redraws()
+
+    def begin_live() -> None:
+        if output is not None or shape == "parquet":
+            what = f"--format {shape}" if output is None else "--output"
+            raise CliError(f"{what} holds a whole result, and a live query has no end: redirect stdout, as json or csv")
+
     with _opened(output) as write:
         async with open_sql(bootstrap) as client:
             for statement in statements:
                 result = client(statement.text, timeout_ms=timeout_ms)
                 try:
-                    await write_result(result, new_format(shape, styled=styled, terminal=terminal), write)
+                    live = LiveTable(Screen(descriptor=sys.stdout.fileno(), styled=styled)) if draws else None
+                    form = new_format(shape, styled=styled, terminal=terminal)
+                    await write_result(result, form, write, live=live, begin_live=begin_live)
                 except StreamHouseError as error:
                     raise statement_error(error, statement, name, bootstrap) from error
                 except NotImplementedError as error:  # of pyarrow's writers

@@ -84,9 +84,12 @@ class Table:
 
     def batch(self, batch: pyarrow.RecordBatch) -> bytes:
         """Returns the lines of the rows, before the first the header."""
-        columns = [_cells(column) for column in batch.columns]
-        head = b"" if self._widths else self._head(batch.schema, columns)
         self._row_count += batch.num_rows
+        return self.rows(list(batch.schema), [cells_of(column) for column in batch.columns])
+
+    def rows(self, fields: Sequence[pyarrow.Field], columns: list[list[str | None]]) -> bytes:
+        """Returns the lines of rows, given as the texts of each column, before the first the header."""
+        head = b"" if self._widths else self._head(fields, columns)
         if not columns:
             return b""
         padded = [self._padded(cells, at) for at, cells in enumerate(columns)]
@@ -96,12 +99,12 @@ class Table:
         """Returns the number of rows, and for a result without rows the header; nothing without columns."""
         if not schema:
             return b""
-        head = b"" if self._widths else self._head(schema, [[] for _ in schema])
+        head = b"" if self._widths else self._head(list(schema), [[] for _ in schema])
         return head + f"({row_count_text(self._row_count)})\n".encode()
 
-    def _head(self, schema: pyarrow.Schema, columns: list[list[str | None]]) -> bytes:
-        names = [escaped(name) for name in schema.names]
-        self._right = [is_number(field.type) for field in schema]
+    def _head(self, fields: Sequence[pyarrow.Field], columns: list[list[str | None]]) -> bytes:
+        names = [escaped(field.name) for field in fields]
+        self._right = [is_number(field.type) for field in fields]
         self._widths = [
             max(_width(name), min(PADDED_WIDTH_MAX, max((_width(cell or NULL) for cell in cells), default=0)))
             for name, cells in zip(names, columns, strict=True)
@@ -141,7 +144,7 @@ class Expanded:
         width = max(map(_width, names), default=0)
         heads = [self._style.bold(name) + " " * (width - _width(name)) for name in names]
         lines = []
-        for row in zip(*[_cells(column) for column in batch.columns], strict=True):
+        for row in zip(*[cells_of(column) for column in batch.columns], strict=True):
             self._row_count += 1
             lines.append(self._style.dim(f"─[ row {self._row_count} ]".ljust(max(width + 20, 20), "─")))
             lines += [f"{head}  {self._null if cell is None else cell}" for head, cell in zip(heads, row, strict=True)]
@@ -157,7 +160,7 @@ def row_count_text(count: int) -> str:
     return f"{count:,} row{'' if count == 1 else 's'}"
 
 
-def _cells(column: pyarrow.Array) -> list[str | None]:
+def cells_of(column: pyarrow.Array) -> list[str | None]:
     """Returns the values as text of a single line, without characters that a terminal would obey."""
     found = texts(column)
     if "".join(filter(None, found)).isprintable():

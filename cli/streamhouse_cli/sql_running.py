@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import IO, TYPE_CHECKING, Any
 
 import click
+from shruntime.tasks import cancel_and_wait
 
 from streamhouse_cli.failures import CliError, explain
 from streamhouse_cli.options import retry_timeout_ms
@@ -18,7 +20,11 @@ if TYPE_CHECKING:
     from shproto.errors import StreamHouseError
     from streamhouse import Sql, SqlResult
 
+    from streamhouse_cli.sql_live import LiveTable
+
 Write = Callable[[bytes], Awaitable[None]]
+# A query's first response comes without rows, often long before the first change of a live query.
+ANSWER_POLL_S = 0.1
 
 # Services begin messages about a place with the place, which is shown here in the words of the file.
 _PLACE = re.compile(r"line \d+, column \d+: ")
@@ -74,13 +80,43 @@ def open_sql(bootstrap: str) -> Sql:
     return Sql(bootstrap, retry_timeout_ms=retry_timeout_ms())
 
 
-async def write_result(result: SqlResult, form: Format, write: Write) -> None:
-    """Runs the statement of a result, and writes its rows as they come."""
+async def write_result(
+    result: SqlResult,
+    form: Format,
+    write: Write,
+    *,
+    live: LiveTable | None = None,
+    begin_live: Callable[[], None] = lambda: None,
+) -> None:
+    """Runs the statement of a result, and writes its rows as they come; of a live query its changes, or, with `live`,
+    the table that they make. `begin_live` is called before the first of them."""
     async with aclosing(aiter(result)) as batches:
-        async for batch in batches:
+        # Whether the query is live is known before it has changes.
+        first = asyncio.ensure_future(anext(batches, None))
+        try:
+            while result.schema is None and not first.done():
+                await asyncio.wait((first,), timeout=ANSWER_POLL_S)
+            if result.live is not None:
+                begin_live()
+                if live is not None:
+                    await live.show(result, batches, first)
+                    return
+            batch = await first
+        finally:
+            await cancel_and_wait(first)
+        while batch is not None:
             await write(form.batch(batch))
+            batch = await anext(batches, None)
     if result.schema is not None:
         await write(form.end(result.schema))
+
+
+def redraws() -> bool:
+    """Returns True if stdout is a terminal on which a table can change in place."""
+    from rich.console import Console
+
+    console = Console()
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def has_styles() -> bool:

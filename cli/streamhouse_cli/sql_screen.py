@@ -21,6 +21,7 @@ from streamhouse_cli.output import Output
 HOLD_S = 1.0
 # Colours as they are, long lines cut and scrolled sideways, nothing cleared at the end.
 LESS_OPTIONS = "RSX"
+COLUMNS, LINES = 80, 24
 _STYLES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -31,16 +32,22 @@ class PagerLeft(Exception):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Screen:
     """A terminal. `pager`: the command that shows long results; empty: none. `size`: (columns, lines) in place of
-    the terminal's own."""
+    the terminal's own. `redraws`: the terminal moves its cursor up, so that tables can change in place."""
 
     descriptor: int
     styled: bool = False
     pager: str = ""
     size: tuple[int, int] | None = None
+    redraws: bool = False
+
+    def measured(self) -> tuple[int, int]:
+        """Returns the columns and lines of the terminal as of now."""
+        columns, lines = self.size or os.get_terminal_size(self.descriptor)
+        return columns or COLUMNS, lines or LINES  # a terminal that nobody has told its size says 0
 
     def result(self) -> ShownResult:
         """Returns a writer of one result, a context manager."""
-        columns, lines = self.size or tuple(os.get_terminal_size(self.descriptor)) if self.pager else (0, 0)
+        columns, lines = self.measured() if self.pager else (0, 0)
         return ShownResult(self.descriptor, self.pager, columns, lines)
 
     async def print(self, text: str) -> None:
@@ -88,6 +95,11 @@ class ShownResult:
                 await self._begin_pager()
             elif self._release is None and self._held:
                 self._release = asyncio.get_running_loop().call_later(HOLD_S, self._let_go)
+
+    def scroll(self) -> None:
+        """Shows the rows as they come, and no pager: the result has no end."""
+        self._stop_timer()
+        self._let_go()
 
     def _is_large(self) -> bool:
         if self._held.count(b"\n") > self._lines_max:

@@ -24,13 +24,15 @@ from shproto.errors import StreamHouseError
 from shproto.rpc import being_cancelled
 
 from streamhouse_cli.output import show_bytes
-from streamhouse_cli.sql_formats import BINARY, FORMATS, new_format
+from streamhouse_cli.sql_formats import BINARY, FORMATS, Table, new_format
+from streamhouse_cli.sql_live import LiveTable
 from streamhouse_cli.sql_names import Names, completer, quoted_name
 from streamhouse_cli.sql_running import (
     StatementError,
     checked_statements,
     has_styles,
     open_sql,
+    redraws,
     statement_error,
     write_result,
 )
@@ -70,7 +72,9 @@ async def open_shell(bootstrap: str, shape: str, timeout_ms: int | None) -> None
         try:
             await names.load()
             session = new_session(names, open_history(history_path()))
-            screen = Screen(descriptor=sys.stdout.fileno(), styled=has_styles(), pager=pager_command())
+            screen = Screen(
+                descriptor=sys.stdout.fileno(), styled=has_styles(), pager=pager_command(), redraws=redraws()
+            )
             await screen.print(f"StreamHouse {__version__} at {bootstrap}; \\? for help, \\q to leave")
             await Shell(sql, names, session, screen, shape, timeout_ms, bootstrap).run()
         finally:
@@ -100,6 +104,7 @@ class Shell:
         self._is_expanded = False
         self._is_timed = True
         self._shown: ShownResult | None = None
+        self._is_live = False
 
     async def run(self) -> None:
         """Runs until the user leaves, by \\q or at the end of the input."""
@@ -123,7 +128,8 @@ class Shell:
             else:
                 for statement in checked_statements(text):
                     if not await self._interruptible(self._execute(statement)):
-                        await self._screen.print("interrupted")
+                        if not self._is_live:  # which has no other end
+                            await self._screen.print("interrupted")
                         return
         except click.ClickException as error:
             error.show()
@@ -155,9 +161,11 @@ class Shell:
         begun_s = loop.time()
         form = new_format(self._shape, expanded=self._is_expanded, styled=self._screen.styled, terminal=True)
         result = self._sql(statement.text, timeout_ms=self._timeout_ms)
+        self._is_live = False
+        live = LiveTable(self._screen) if self._screen.redraws and isinstance(form, Table) else None
         try:
             async with self._screen.result() as self._shown:
-                await write_result(result, form, self._shown.write)
+                await write_result(result, form, self._shown.write, live=live, begin_live=self._begin_live)
                 elapsed_s = loop.time() - begun_s  # without the time in the pager
         except PagerLeft:
             return
@@ -169,6 +177,11 @@ class Shell:
                 self._names.forget()
         if self._is_timed:
             await self._screen.print(cost_text(elapsed_s, result.stats))
+
+    def _begin_live(self) -> None:
+        self._is_live = True
+        if self._shown is not None:
+            self._shown.scroll()
 
     # ---- commands
 
