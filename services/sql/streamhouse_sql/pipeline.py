@@ -9,6 +9,7 @@ was committed.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ from streamhouse_sql.core.continuous.statements import ContinuousQuery
 from streamhouse_sql.core.continuous.watermark import Watermarks, crossed
 from streamhouse_sql.core.tables import TableDefinition, record_columns_of
 from streamhouse_sql.decoding import decode_table
-from streamhouse_sql.ports import JobEngine
+from streamhouse_sql.ports import Interrupted, JobEngine
 
 # Before any watermark: below every event time.
 _NO_WATERMARK = -(1 << 62)
@@ -150,6 +151,8 @@ class Pipeline:
         self._state_rows = dict.fromkeys(self._program.states, 0)
         # True if the decoded inputs of the last step are still in their tables.
         self._has_rows = False
+        # True while records may be readable in the place of those of the next step.
+        self._is_read = False
         self._state_bytes = 0
 
     def _make_state(self) -> None:
@@ -187,7 +190,8 @@ class Pipeline:
         Raises StatementFailed, StatementLimit, DataLoss, Interrupted, after which the pipeline is as before the call.
         """
         self._check(inputs)
-        if inputs:
+        if inputs or self._is_read:
+            self._is_read = True
             self._read(inputs)
         has_rows = any(records.num_rows for records in inputs.values())
         try:
@@ -201,8 +205,11 @@ class Pipeline:
         except StatementFailed as error:
             raise _with_place(error) from error
         finally:
-            if inputs:
-                self._read({})
+            # A late interrupt must not make a step fail that was committed; the next one tries again.
+            with contextlib.suppress(StreamHouseError, Interrupted):
+                if self._is_read:
+                    self._read({})
+                    self._is_read = False
         self._has_rows = has_rows
         self._watermarks, self._marks, self._state_rows = watermarks, marks, state_rows
         return step
@@ -386,7 +393,11 @@ class Pipeline:
             raise DataLoss(f"state table {missing[0]} is missing", table=missing[0])
         if unknown := sorted(state.keys() - expected):
             raise DataLoss(f"state table {unknown[0]} is not of this plan", table=unknown[0])
-        watermarks, marks = _meta(state[META])
+        rows_of_watermarks, marks = _meta(state[META])
+        try:
+            watermarks = self._watermarks.restored(rows_of_watermarks)
+        except ValueError as error:
+            raise DataLoss(f"state table {META}: {error}", table=META) from error
         rows: dict[str, int] = {}
         self._engine.run("BEGIN")
         try:
@@ -482,10 +493,11 @@ def _with_place(error: StatementFailed) -> StatementFailed:
     )
 
 
-def _meta(rows: pa.Table) -> tuple[Watermarks, dict[str, int]]:
+def _meta(rows: pa.Table) -> tuple[list[tuple[str, int, int | None]], dict[str, int]]:
     if rows.schema != _META_SCHEMA:
         raise DataLoss(f"state table {META} has columns {rows.schema}, must have {_META_SCHEMA}", table=META)
-    watermarks, marks = [], {}
+    watermarks: list[tuple[str, int, int | None]] = []
+    marks: dict[str, int] = {}
     for row in rows.to_pylist():
         name, number, value = row["name"], row["number"], row["value"]
         if name is None or number is None:
@@ -496,4 +508,4 @@ def _meta(rows: pa.Table) -> tuple[Watermarks, dict[str, int]]:
             raise DataLoss(f"state table {META}: {name} has no value", table=META)
         else:
             marks[name] = value
-    return Watermarks.of_rows(watermarks), marks
+    return watermarks, marks

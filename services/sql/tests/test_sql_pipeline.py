@@ -1,14 +1,17 @@
 """Pipelines without state, and what holds for all of them: errors, restoring, determinism."""
 
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from shproto.errors import DataLoss, InvalidArgument, InvalidStatement, StatementFailed
+from shproto.errors import DataLoss, InvalidArgument, InvalidStatement, StatementFailed, StatementLimit
 from streamhouse_sql.adapters.duck import Duck, DuckLimits
 from streamhouse_sql.core.continuous.names import OTHER_AGGREGATES, VOLATILE
+from streamhouse_sql.pipeline import Pipeline
+from streamhouse_sql.ports import Interrupted
 
 from services.sql.tests.pipeline_world import (
     EPOCH_MS,
@@ -229,6 +232,64 @@ def test_the_fingerprint_is_that_of_the_program() -> None:
     one = plan_of("INSERT INTO out SELECT item FROM orders WHERE n > 1", log, TABLES)
     assert one.fingerprint == plan_of("INSERT INTO out SELECT  item\nFROM orders WHERE n > 1", log, TABLES).fingerprint
     assert one.fingerprint != plan_of("INSERT INTO out SELECT item FROM orders WHERE n > 2", log, TABLES).fingerprint
+
+
+# ---- limits
+
+
+def test_a_step_that_is_interrupted_has_changed_nothing(spill: Path) -> None:
+    log = Log({"orders": 1})
+    for _ in range(3_000):
+        log.add("orders", 0, {"item": "tea", "n": 1})
+    text = (
+        "SELECT a.item, sum(a.n * b.n) AS s FROM good_orders AS a JOIN good_orders AS b ON a.item = b.item GROUP BY 1"
+    )
+    plan = plan_of(f"CREATE MATERIALIZED VIEW v AS {text}", log, TABLES)
+    pipeline = open_pipeline(plan, spill)
+    columns = plan.inputs[0].columns
+    first = {"orders": log.table("orders", {0: (0, 5)}, columns)}
+    pipeline.step(first, idle=(), now_us=NOW_US)
+    before = pipeline.state()
+    done = threading.Event()
+
+    def interrupt() -> None:  # one that comes between two statements is lost
+        while not done.wait(0.002):
+            pipeline.interrupt()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(Interrupted):
+            pipeline.step({"orders": log.table("orders", {0: (5, 3_000)}, columns)}, idle=(), now_us=NOW_US)
+    finally:
+        done.set()
+        thread.join()
+    assert pipeline.state() == before
+    assert pipeline.view_table()["s"].to_pylist() == [25]
+    pipeline.step({"orders": log.table("orders", {0: (5, 10)}, columns)}, idle=(), now_us=NOW_US)
+    assert pipeline.view_table()["s"].to_pylist() == [100]
+    pipeline.close()
+
+
+def test_a_step_that_needs_too_much_memory_has_changed_nothing(spill: Path) -> None:
+    log = Log({"orders": 1})
+    for number in range(2_000):
+        log.add("orders", 0, {"item": f"{number} " + "x" * 10_000, "n": 1})
+    plan = plan_of(
+        "CREATE MATERIALIZED VIEW v AS SELECT item, count(*) AS c FROM good_orders GROUP BY item", log, TABLES
+    )
+    engine = Duck(DuckLimits(memory_bytes_max=16 * MIB, temp_dir=spill, temp_bytes_max=0, threads=1))
+    pipeline = Pipeline(plan, engine)
+    columns = plan.inputs[0].columns
+    pipeline.step({"orders": log.table("orders", {0: (0, 5)}, columns)}, idle=(), now_us=NOW_US)
+    before = pipeline.state()
+    with pytest.raises(StatementLimit):
+        pipeline.step({"orders": log.table("orders", {0: (5, 2_000)}, columns)}, idle=(), now_us=NOW_US)
+    assert pipeline.state() == before
+    assert (
+        pipeline.step({"orders": log.table("orders", {0: (5, 9)}, columns)}, idle=(), now_us=NOW_US).rows.num_rows == 4
+    )
+    pipeline.close()
 
 
 # ---- what is refused

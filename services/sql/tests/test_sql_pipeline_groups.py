@@ -86,6 +86,11 @@ def test_windows_as_changes(window: str, clause: int, spill: Path) -> None:
     hold(ON_CLOSE[clause].format(WINDOWS[window]), 200 + clause, spill)
 
 
+@pytest.mark.parametrize("window", ["tumble with offset", "cumulate"])
+def test_rows_of_windows_without_groups(window: str, spill: Path) -> None:
+    hold(f"SELECT k, n, window_start, window_end AS e, window_time FROM {WINDOWS[window]} WHERE n > 1", 6, spill)
+
+
 @pytest.mark.parametrize("emit", [" EMIT ON WINDOW CLOSE", " EMIT CHANGES"])
 @pytest.mark.parametrize(
     "sql",

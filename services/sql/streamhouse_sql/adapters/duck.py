@@ -77,7 +77,8 @@ class Duck:
 
     def add_table(self, name: str, source: Source) -> None:
         """Makes the source readable as the table `name`."""
-        self._connection.register(name, source)
+        with _as_ours():
+            self._connection.register(name, source)
 
     def timestamp_ms(self, expression: str) -> int | None:
         """Returns the value of a constant expression as a timestamp in ms; None if it is none, which the query itself
@@ -132,8 +133,14 @@ class Duck:
 
     def roll_back(self) -> None:
         """Takes back the statements since BEGIN; nothing happens outside of a transaction."""
-        with contextlib.suppress(duckdb.TransactionException):
-            self._connection.rollback()
+        while True:
+            try:
+                self._connection.rollback()
+            except duckdb.InterruptException:  # of an interrupt that came late: the transaction must not stay open
+                continue
+            except duckdb.TransactionException:
+                pass
+            return
 
     def make_table(self, name: str, table: Any) -> None:
         """Makes or replaces a table of the instance, which all its connections see, with the rows of a

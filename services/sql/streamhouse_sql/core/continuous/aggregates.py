@@ -56,7 +56,7 @@ AGGREGATES: Mapping[str, tuple[int, ...]] = {
 # Those whose state DuckDB hands out and merges itself.
 _STATES = {"avg", "approx_count_distinct", "approx_quantile", "variance", "var_pop", "stddev", "stddev_pop"}
 # Of these a row can be taken away again.
-RETRACTABLE = {"count", "sum", "avg"}
+RETRACTABLE = {"count", "sum", "avg", "min", "max", "bool_and", "bool_or"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +67,11 @@ class Aggregate:
     arguments: tuple[str, ...]
     where: str
     distinct: bool
+
+    @property
+    def needs_values(self) -> bool:
+        """True if a row can only be taken away where all values of the group are known."""
+        return self.distinct or self.function in ("min", "max", "bool_and", "bool_or")
 
     @property
     def is_ordered(self) -> bool:
@@ -186,10 +191,13 @@ def final_of(call: Aggregate, columns: Sequence[str]) -> str:
 def weighted_parts_of(call: Aggregate) -> Sequence[Part]:
     """Returns the parts of an aggregate over rows with weights, which may be taken away again. Raises
     InvalidStatement for an aggregate whose rows cannot be."""
-    if call.function not in RETRACTABLE or call.distinct:
-        name = f"count(DISTINCT {call.arguments[0]})" if call.distinct else call.function
+    if call.needs_values:
+        value = "count(*)" if call.distinct else f"{call.function}({call.arguments[0]})"
+        # Replaced by what all values of the group give now; over rows it only has the type.
+        return [Part(value, "any_value({})", "{p}")]
+    if call.function not in RETRACTABLE:
         raise InvalidStatement(
-            f"{name} over rows that may change is not supported; {', '.join(sorted(RETRACTABLE))} are",
+            f"{call.function} over rows that may change is not supported; {', '.join(sorted(RETRACTABLE))} are",
             clause=call.function,
         )
     weight = f'"{WEIGHT}"'
@@ -206,5 +214,7 @@ def weighted_final_of(call: Aggregate, columns: Sequence[str]) -> str:
     """Returns the aggregate's value, as an expression over the columns of its weighted parts."""
     if call.function == "count":
         return f"coalesce({columns[0]}, 0)"
+    if call.needs_values:
+        return columns[0]
     value = f"CAST({columns[1]} AS DOUBLE) / {columns[0]}" if call.function == "avg" else columns[1]
     return f"CASE WHEN {columns[0]} > 0 THEN {value} END"

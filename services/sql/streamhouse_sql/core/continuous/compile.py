@@ -34,7 +34,8 @@ from streamhouse_sql.core.continuous.nodes import Group, Join, Node, Scan, Selec
 from streamhouse_sql.core.continuous.pairs import pairs
 from streamhouse_sql.core.continuous.sessions import sessions
 from streamhouse_sql.core.continuous.top_n import top_n
-from streamhouse_sql.core.tables import BINARY_FORMATS, needed_columns, record_columns_of, select_of
+from streamhouse_sql.core.continuous.upserts import DEAD, upserts
+from streamhouse_sql.core.tables import BINARY_FORMATS, decodes_in_arrow, needed_columns, record_columns_of, select_of
 
 # Hidden columns of a relation whose rows are records: the place that breaks ties.
 _PLACE = (INPUT, PARTITION, OFFSET)
@@ -173,6 +174,9 @@ class _Compiler:
         hidden = [*_PLACE, *((TIME,) if self._needs_order else ())]
         from_ = source.table or f"({source.decode})"
         columns = tuple(column for column in node.columns if column in self._scans[key])
+        if node.table is not None and node.table.primary_key:
+            place = listed([*columns, PARTITION, OFFSET, DEAD])
+            return upserts(self._builder, node.table, f"SELECT {place} FROM {from_}", columns)
         shown = ", ".join(quoted(name) for name in (*columns, *hidden))
         return Relation(
             sql=f"SELECT {shown} FROM {from_}",
@@ -192,7 +196,9 @@ class _Compiler:
             f'"_partition" AS {quoted(PARTITION)}',
             f'"_offset" AS {quoted(OFFSET)}',
         ]
-        watermark = table.watermark if table is not None and self._uses_time else None
+        # A row that is replaced has no time of its own.
+        has_time = table is not None and not table.primary_key
+        watermark = table.watermark if table is not None and has_time and self._uses_time else None
         if table is not None and table.watermark is not None and (watermark or self._needs_order):
             needed = needed | {table.watermark[0]}
         if self._needs_order:
@@ -211,7 +217,11 @@ class _Compiler:
             shown = [quoted(name) for name in needed if name not in COLUMN_NAMES] + [
                 quoted(name) for name in parts if name in needed
             ]
-            inner = select_of(table, raw, fields, hidden)
+            if table.primary_key:
+                value = "_value_bytes" if decodes_in_arrow(table) else "_value"
+                hidden += [value] if value not in hidden else []
+                place.append(f"{quoted(value)} IS NULL AS {quoted(DEAD)}")
+            inner = select_of(table, raw, fields, hidden, is_upsert=False)
             decode = f"SELECT {', '.join([*sorted(shown), *place])} FROM ({inner})"
             record_columns = record_columns_of(table, fields, hidden)
         self._inputs.setdefault(node.topic, set()).update({*record_columns, "_partition", "_offset"})
@@ -397,7 +407,8 @@ def _needed_by_scan(nodes: Sequence[Node]) -> dict[tuple[str, str], frozenset[st
     for node in nodes:
         if isinstance(node, Scan):
             key = _key_of(node)
-            needed[key] = needed.get(key, frozenset()) | node.needed
+            keys = node.table.primary_key if node.table is not None else ()
+            needed[key] = needed.get(key, frozenset()) | node.needed | set(keys)
     return needed
 
 

@@ -1,8 +1,8 @@
-"""COUNT(DISTINCT …): sets of values beside the groups.
+"""Values of groups beside their state: for COUNT(DISTINCT …), and for MIN and MAX over rows that may be taken away.
 
 Invariants of a set table: one row per key and value (or per slice, key and value, until they are put together), with a
-bit for each FILTER under which the value was counted. Values are only ever added: rows that may be taken away are
-refused.
+bit for each FILTER under which the value was counted. Values are only ever added. Of a table of counted values: one row
+per key and value that the group still has, with the number of its rows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from shproto.errors import InvalidStatement
 
 from streamhouse_sql.core.continuous.aggregates import Aggregate
 from streamhouse_sql.core.continuous.build import Builder, listed, same
+from streamhouse_sql.core.continuous.model import WEIGHT
 from streamhouse_sql.core.continuous.names import quoted
 from streamhouse_sql.core.continuous.nodes import Group
 
@@ -152,3 +153,74 @@ class DistinctSets:
             given = ", ".join(f"q.{quoted(part)}" for part, _ in parts)
             ended = f"SELECT g.*, {given} FROM ({ended}) AS g LEFT JOIN ({counted}) AS q ON {same('g', 'q', window)}"
         return ended
+
+
+class CountedValues:
+    """Values of a group's rows with their numbers, for each expression and FILTER whose least, greatest or number of
+    values is asked for. `keys`: (name, expression) of the group."""
+
+    def __init__(
+        self,
+        builder: Builder,
+        keys: Sequence[tuple[str, str]],
+        node: Group,
+        *,
+        bound: str,
+        operator: str,
+    ) -> None:
+        self._builder = builder
+        self._keys = tuple(keys)
+        self._bound = bound
+        self._operator = operator
+        # Parts by the values that they are of.
+        self._parts: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        for name, call in node.aggregates:
+            if call.needs_values:
+                value = "count(*)" if call.distinct else f'{call.function}("#x")'
+                self._parts.setdefault((call.arguments[0], call.where), []).append((f"{name}p0", value))
+        self.tables: list[str] = []
+
+    def joined(self, source: str, partial: str) -> str:
+        """Returns partial results with the values of the groups as they are now. Brings these up to date."""
+        names = [name for name, _ in self._keys]
+        keys = [f"{sql} AS {quoted(name)}" for name, sql in self._keys]
+        by = ", ".join(str(at) for at in range(1, len(names) + 2))
+        for (value, where), parts in self._parts.items():
+            known = f"({value}) IS NOT NULL" + (f" AND ({where})" if where else "")
+            total = f"sum({quoted(WEIGHT)})::BIGINT"
+            terms = ", ".join([*keys, f'{value} AS "#x"', f'{total} AS "#m"'])
+            new = self._builder.new("d")
+            self._builder.make(new, f"SELECT {terms} FROM ({source}) WHERE {known} GROUP BY {by} HAVING {total} <> 0")
+            table = self._builder.state(
+                f"SELECT * FROM {new}",
+                operator=self._operator,
+                holds=f"the values of {value} of each group",
+                bound=self._bound,
+            )
+            self.tables.append(table)
+            self._builder.do(
+                f"MERGE INTO {table} AS t USING {new} AS n ON {same('t', 'n', [*names, '#x'])} "
+                f'WHEN MATCHED AND t."#m" + n."#m" <= 0 THEN DELETE '
+                f'WHEN MATCHED THEN UPDATE SET "#m" = t."#m" + n."#m" '
+                f'WHEN NOT MATCHED THEN INSERT VALUES ({listed([*names, "#x"], "n")}, n."#m")'
+            )
+            touched = f"SELECT DISTINCT {', '.join(keys) or '1 AS one'} FROM ({source})"
+            values = [f"{found} AS {quoted(part)}" for part, found in parts]
+            groups = f" GROUP BY {listed(names, 't')}" if names else ""
+            found = (
+                f"SELECT {', '.join([*(f't.{quoted(name)}' for name in names), *values])} FROM {table} AS t "
+                f"SEMI JOIN ({touched}) AS g ON {same('t', 'g', names)}{groups}"
+            )
+            given = ", ".join(f"q.{quoted(part)} AS {quoted(part)}" for part, _ in parts)
+            partial = (
+                f"SELECT g.* REPLACE ({given}) FROM ({partial}) AS g LEFT JOIN ({found}) AS q "
+                f"ON {same('g', 'q', names)}"
+            )
+        return partial
+
+    def followers(self, state: str, keys: Sequence[str]) -> list[str]:
+        """Returns statements that forget the values of groups that were forgotten."""
+        return [
+            f"DELETE FROM {table} AS t WHERE NOT EXISTS (SELECT 1 FROM {state} AS s WHERE {same('s', 't', keys)})"
+            for table in self.tables
+        ]

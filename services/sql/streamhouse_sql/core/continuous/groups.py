@@ -21,7 +21,7 @@ from streamhouse_sql.core.continuous.aggregates import (
     weighted_parts_of,
 )
 from streamhouse_sql.core.continuous.build import Builder, Relation, listed, same
-from streamhouse_sql.core.continuous.distinct import DistinctSets
+from streamhouse_sql.core.continuous.distinct import CountedValues, DistinctSets
 from streamhouse_sql.core.continuous.event_time import Below, aligned, guard_of, step_of, timestamp
 from streamhouse_sql.core.continuous.model import AFTER_US, BEFORE_US, NOW_US, WEIGHT, Expiry
 from streamhouse_sql.core.continuous.names import quoted
@@ -104,16 +104,20 @@ def grouped(
     sets = None
     if distinct and not weighted:
         sets = DistinctSets(builder, node.keys, distinct, bound=bound, operator=operator)
+    counted = None
+    if weighted and any(call.needs_values for _, call in node.aggregates):
+        source = builder.kept(source)
+        counted = CountedValues(builder, node.keys, node, bound=bound, operator=operator)
     columns = columns_of(node, weighted=weighted)
     changed = [f"{NOW_US}::BIGINT AS {quoted(CHANGED)}"] if builder.options.ttl_us else []
     keys = [f"{sql} AS {quoted(name)}" for name, sql in node.keys]
-    by = f" GROUP BY {', '.join(str(at) for at in range(1, len(keys) + 1))}" if keys else ""
+    # Without keys there is a row over no rows, too. Rows that replace others have weights whose sum is 0.
+    by = f" GROUP BY {', '.join(str(at) for at in range(1, len(keys) + 1))}" if keys else " HAVING count(*) > 0"
     partial = f"SELECT {', '.join([*keys, *columns.partials()])} FROM ({source.sql}){by}"
     if sets is not None:
         partial = sets.joined(source.sql, partial, node)
-    if not keys:
-        # Without keys there is a row over no rows, too.
-        partial = f"SELECT * FROM ({partial}) WHERE {quoted(ROWS)} <> 0"
+    if counted is not None:
+        partial = counted.joined(source.sql, partial)
     names = [*columns.keys, *(name for name, _ in columns.parts)]
     state = builder.state(
         f"SELECT {listed(names)}{''.join(', ' + c for c in changed)} FROM ({partial})",
@@ -134,13 +138,16 @@ def grouped(
     )
     _merge(builder, state, change, columns, weighted=weighted)
     if builder.options.ttl_us:
-        follow = sets.followers(state, columns.keys) if sets is not None else ()
+        follow: list[str] = []
+        for values in (sets, counted):
+            follow += values.followers(state, columns.keys) if values is not None else []
         builder.expiries.append(
             Expiry(table=state, column=quoted(CHANGED), ttl_us=builder.options.ttl_us, follow=tuple(follow))
         )
     if windows and not keeps_windows:
         guard = guard_of(below.node.window) if below is not None else None
-        for table in (state, *(sets.tables if sets is not None else ())):
+        tables = [values.tables for values in (sets, counted) if values is not None]
+        for table in (state, *(table for some in tables for table in some)):
             builder.do(f"DELETE FROM {table} WHERE {_end_of(windows, below)} <= {AFTER_US}", guard)
     return _changes(node, columns, change, windows), result_of(node, columns, state)
 

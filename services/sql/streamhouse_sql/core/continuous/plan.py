@@ -307,11 +307,6 @@ class _Planner:
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
                 raise InvalidStatement(f"there is no table or topic {name!r}{hint}", name=name)
             return self._needed(topic, None, COLUMN_NAMES)
-        if table.primary_key:
-            raise InvalidStatement(
-                f"table {table.name} has a PRIMARY KEY, which is not supported in a continuous query",
-                clause="PRIMARY KEY",
-            )
         if table.topic not in self._topics:
             raise InvalidStatement(f"table {table.name}: there is no topic {table.topic!r}", name=table.topic)
         hidden = [part for part in COLUMN_NAMES if part in self._named]
@@ -339,7 +334,7 @@ def event_time(node: Node) -> tuple[str, str] | None:
     where the declaration does not say it."""
     match node:
         case Scan(table=table):
-            if table is None or table.watermark is None:
+            if table is None or table.watermark is None or table.primary_key:
                 return None
             column = table.column(table.watermark[0])
             assert column is not None

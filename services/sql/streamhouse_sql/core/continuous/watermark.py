@@ -55,11 +55,15 @@ class Watermarks:
             *((source, number, value) for (source, number), value in sorted(self._of.items())),
         ]
 
-    @classmethod
-    def of_rows(cls, rows: Collection[tuple[str, int, int | None]]) -> Watermarks:
-        """Returns the watermarks that `rows` gave."""
-        restored = cls({})
+    def restored(self, rows: Collection[tuple[str, int, int | None]]) -> Watermarks:
+        """Returns the watermarks that `rows` gave; partitions that came since hold back as those without a row do.
+        Raises ValueError for a source that is not known here."""
+        restored = Watermarks({})
+        restored._of = dict(self._of)
+        known = {source for source, _ in self._of}
         for source, number, value in rows:
+            if number >= 0 and source not in known:
+                raise ValueError(f"there is no source {source!r} with a watermark")
             if number < 0:
                 restored._value = value
             else:
