@@ -25,7 +25,7 @@ help: ## List the targets
 
 setup: $(VENV)/.ready-dev ## Virtual environment in .venv with everything for development
 
-demo: $(VENV)/.ready-demo ## 336,776 real flights in, into segments, and back out again
+demo: $(VENV)/.ready-demo ## 336,776 real flights in, into segments, back out again, and watched by a live query
 	$(BIN)/python demo/demo.py
 
 test: $(VENV)/.ready-dev ## Tests of a few minutes, one end to end; says what it left out. ARGS='client -k retry'

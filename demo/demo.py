@@ -3,7 +3,8 @@
 Starts `streamhouse serve` on a temporary directory; sends 336,776 flights; waits until every one is in a segment on
 the object store; stops the platform and starts it again, so that memory and caches are cold; reads everything back
 through a consumer group and compares it with what was sent, record by record; asks for the flights by SQL, and compares
-the answers with its own. Exit code 0 when all is as it should be.
+the answers with its own; sends them once more while a window query runs over them, whose result is drawn again as it
+changes, and compares that, too. Exit code 0 when all is as it should be.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ from streamhouse.errors import StreamHouseError
 from streamhouse_cli.output import show_bytes
 from streamhouse_cli.serve_process import ServeFailed, ServeProcess
 from streamhouse_cli.status import collect_status
+from watch import watch
 
 TOPIC = "flights"
 PARTITIONS = 4
@@ -93,8 +95,9 @@ def run(folder: Path, values: list[bytes], keys: list[bytes | None]) -> None:
         asyncio.run(read_back(platform.address, expectation, figures))
         with console.status("asking by SQL"):
             answers = asyncio.run(ask(platform.address, values))
-    print_figures(len(values), figures)
-    console.print(answers)
+        print_figures(len(values), figures)
+        console.print(answers)
+        asyncio.run(watch(platform.address, values, keys, console))
 
 
 # ---- in
