@@ -90,6 +90,7 @@ class SqlParts:
         """Ends statements with ShuttingDown, gives the session back. Safe after a failed start."""
         await self._pg.stop()
         await self._service.close()
+        await self._service.views.close()
         await self._worker.stop()  # while reads and the session are there: checkpoints are stored, jobs given back
         await self._engine.stop()
 

@@ -136,10 +136,12 @@ class JobStatements:
     async def _create(self, query: ContinuousQuery) -> list[str]:
         """Creates a job. Returns its name for an INSERT, and warnings."""
         name = query.name.lower() or _name_of(query.target)
-        if any(job.job == name for job in await self._jobs()):
+        jobs = await self._jobs()
+        if any(job.job == name for job in jobs):
             if query.if_not_exists:
                 return []
             raise JobExists(f"job {name!r} exists already", job=name)
+        _check_inputs(query, jobs)
         plan, tables = await self._planned(query)
         topic = self._check_output(query, plan)
         created = None
@@ -224,6 +226,7 @@ class JobStatements:
     # ---- the others
 
     async def _explain(self, query: ContinuousQuery) -> list[str]:
+        _check_inputs(query, await self._jobs())
         plan, _ = await self._planned(query)
         if query.kind == "live":
             return ["live query", *explained_job(plan), "parallelism: one task, in the service that the client asked"]
@@ -267,6 +270,17 @@ class JobStatements:
         ]
         columns: dict[str, list[Any]] = {name: [row[at] for row in rows] for at, (name, _, _) in enumerate(JOB_COLUMNS)}
         return table_of(columns, {name: kind for name, _, kind in JOB_COLUMNS})
+
+
+def _check_inputs(query: ContinuousQuery, jobs: Sequence[pb.SqlJobInfo]) -> None:
+    """Refuses a query that reads a view, whose name hides the topic with its changes. Raises InvalidStatement."""
+    named = query.tables_named()
+    if view := next((job for job in jobs if job.kind == "view" and job.job in named), None):
+        raise InvalidStatement(
+            f"{view.job} is a view, and continuous queries over views are not supported yet; a table that is declared "
+            f"WITH (topic = '{view.output_topic}') reads its changes",
+            clause=view.job,
+        )
 
 
 def _name_of(target: str) -> str:

@@ -21,7 +21,7 @@ from shproto.services import CoordinatorApi, SqlApi
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import sql_pb2
 from shruntime.clock import Clock
-from shruntime.tasks import Backoff, sleep_ms
+from shruntime.tasks import Backoff, cancel_and_wait, sleep_ms
 
 from streamhouse_sql.core.continuous.names import quoted, text_of
 from streamhouse_sql.jobs.run import Equals
@@ -58,6 +58,12 @@ class Views:
         self._jobs: dict[str, pb.SqlJobInfo] = {}
         self._columns: dict[str, Columns | None] = {}  # by job id; None: the statement cannot be planned
         self._listed_ms: int | None = None
+        self._refreshing: asyncio.Task[None] | None = None
+
+    async def close(self) -> None:
+        """Ends the look at the coordinator that is under way."""
+        if self._refreshing is not None:
+            await cancel_and_wait(self._refreshing)
 
     def changed(self) -> None:
         """Makes the next statement look at the jobs anew, and the worker for new ones."""
@@ -65,15 +71,24 @@ class Views:
         self._worker.wake()
 
     async def known(self) -> Mapping[str, Columns]:
-        """Returns the columns (name, DuckDB type) of all views. While no coordinator answers, those of before."""
-        now_ms = self._clock.monotonic_ms()
-        if self._listed_ms is None or now_ms - self._listed_ms >= LIST_MS:
-            try:
-                await self._list()
-            except StreamHouseError as error:
-                log.info("the list of jobs is not new: %s", error.message)
+        """Returns the columns (name, DuckDB type) of all views. Those of a moment ago, but for the first time and after
+        `changed`: a statement does not wait for a coordinator that is slow or away."""
+        if self._listed_ms is None:
+            await self._refresh()
+        elif self._clock.monotonic_ms() - self._listed_ms >= LIST_MS and (
+            self._refreshing is None or self._refreshing.done()
+        ):
+            self._refreshing = asyncio.create_task(self._refresh(), name="list of views")
         found = {name: self._columns[job.job_id] for name, job in self._jobs.items()}
         return {name: columns for name, columns in found.items() if columns is not None}
+
+    async def _refresh(self) -> None:
+        try:
+            await self._list()
+        except StreamHouseError as error:
+            # Asked again after LIST_MS, beside the statements.
+            self._listed_ms = self._clock.monotonic_ms()
+            log.info("the list of jobs is not new: %s", error.message)
 
     async def _list(self) -> None:
         listed = await self._coordinator.list_sql_jobs(pb.ListSqlJobsRequest())
