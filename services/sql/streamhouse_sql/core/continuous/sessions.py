@@ -10,7 +10,7 @@ from __future__ import annotations
 from shproto.errors import InvalidStatement
 
 from streamhouse_sql.core.continuous.build import Builder, Relation, listed, same
-from streamhouse_sql.core.continuous.event_time import Below, timestamp
+from streamhouse_sql.core.continuous.event_time import Below, aligned, timestamp
 from streamhouse_sql.core.continuous.groups import Columns, columns_of, key_of, shown_windows
 from streamhouse_sql.core.continuous.model import AFTER_US, WEIGHT, Guard
 from streamhouse_sql.core.continuous.names import quoted
@@ -80,21 +80,19 @@ def sessions(builder: Builder, node: Group, source: Relation, below: Below) -> R
 
 
 def _of_rows(source: str, keys: list[tuple[str, str]], columns: Columns, gap: int) -> str:
-    """Returns a SELECT of the sessions that the rows of a micro-batch make among themselves."""
-    by = f"PARTITION BY {', '.join(sql for _, sql in keys)} " if keys else ""
-    begins = f'CASE WHEN "#e" - lag("#e") OVER ({by}ORDER BY "#e") <= {gap} THEN 0 ELSE 1 END'
-    rows = f'SELECT *, {begins} AS "#b" FROM ({source})'
-    # Rows of the same time are in the same session: RANGE, the default frame, counts them together.
-    rows = f'SELECT *, sum("#b") OVER ({by}ORDER BY "#e") AS "#g" FROM ({rows})'
+    """Returns a SELECT of pieces of sessions that the rows of a micro-batch make: of rows in the same interval of the
+    length of the gap, which are in one session. Pieces are few, and `_merged` looks for the gaps between them: a window
+    function over all rows would cost more than their decoding."""
     terms = [f"{sql} AS {quoted(name)}" for name, sql in keys]
     shown = ", ".join([*terms, 'min("#e") AS "#t0"', 'max("#e") AS "#t1"', *columns.partials()])
-    return f"SELECT {shown} FROM ({rows}) GROUP BY {', '.join([*(sql for _, sql in keys), chr(34) + '#g' + chr(34)])}"
+    by = ", ".join([*(sql for _, sql in keys), aligned('"#e"', gap, 0)])
+    return f"SELECT {shown} FROM ({source}) GROUP BY {by}"
 
 
 def _merged(new: str, old: str, names: list[str], columns: Columns, gap: int) -> str:
     """Returns a SELECT of sessions that are no further apart than the gap, as one."""
     by = f"PARTITION BY {listed(names)} " if names else ""
-    # New sessions before those of the state where both begin and end together: sums are always made in one order.
+    # New pieces before sessions of the state where both begin and end together: sums are always made in one order.
     order = 'ORDER BY "#t0", "#t1", "#s"'
     pieces = f'SELECT *, 0 AS "#s" FROM {new} UNION ALL SELECT *, 1 AS "#s" FROM {old}'
     reached = f'max("#t1") OVER ({by}{order} ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)'
