@@ -344,6 +344,15 @@ def test_to_arrow(examples: Examples) -> None:
             assert (f"{title} is not here: pip install {package}\n" in out) is not is_installed
 
 
+def test_sql_live(examples: Examples) -> None:
+    for runs in (1, 2):
+        last = examples.run("sql_live").splitlines()[-1]
+        shown = dict(part.split(": ") for part in re.split(r", (?=B|O)", last))
+        assert shown.keys() == {"Oslo", "Bergen", "Bodø"}
+        assert all(said == f"{100 * runs} trips, {225.0 * runs} km" for said in shown.values()), last
+        assert len(examples.records("example-trips")) == 300 * runs
+
+
 def test_sql_queries(examples: Examples) -> None:
     for _ in range(2):
         out = examples.run("sql_queries")
