@@ -30,16 +30,14 @@ def check_installed() -> None:
         )
 
 
-async def run_queries(
-    names: Sequence[str], warm_up: Path, folder: Path
-) -> AsyncGenerator[tuple[str, dict[str, float]]]:
-    """Runs queries over the JSON files of `warm_up`, and each then over those of `folder`, in one process. Yields
-    their names, and the CPU seconds of the whole process and the seconds of the latter, as `cpu_s` and `seconds`.
-    Raises Wrong if one fails, or takes longer than TIMEOUT_S."""
+async def run_queries(names: Sequence[str], folders: Sequence[Path]) -> AsyncGenerator[tuple[str, dict[str, float]]]:
+    """Runs queries over the JSON files of three folders in one process: to warm up, to see what a job costs that reads
+    next to nothing, and to measure. Yields their names, and what the last took beyond the second: CPU seconds of the
+    whole process and seconds, as `cpu_s` and `seconds`. Raises Wrong if one fails, or takes longer than TIMEOUT_S."""
     command = ["java", "-Xmx3g", "-XX:+UseParallelGC", *_OPENED, f"-Dqueries={QUERIES}", "-cp", f"{JARS}/*"]
     with tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(
-            *command, str(FOLDER / "Nexmark.java"), str(warm_up), str(folder), *names,
+            *command, str(FOLDER / "Nexmark.java"), *map(str, folders), *names,
             stdin=DEVNULL, stdout=PIPE, stderr=log, start_new_session=True,
         )  # fmt: skip
         try:
