@@ -2,8 +2,8 @@
 
 The same JSON on both sides, one query after the other, system by system in turns: as a job of `streamhouse serve`,
 exactly once out of its log and back into it (`streamhouse`), in the engine alone over records in memory (`engine`), and
-on Flink's local mini cluster over files, whose result is discarded, its start not counted (`flink`). Events are the records of the topics that
-a query reads, CPU seconds those of whole processes.
+on Flink's local mini cluster over files, whose result is discarded and whose start is not counted (`flink`). Events are
+the records of the topics that a query reads, CPU seconds those of whole processes.
 Shown: medians of the rounds, and ratios to Flink.
 """
 

@@ -75,6 +75,7 @@ def arrived(topic: str, rows: pa.Table, times_ms: np.ndarray, rng: np.random.Gen
     return Stream(rows, raw.sort_by([("_partition", "ascending"), ("_offset", "ascending")]))
 
 
+@cache
 def tables() -> dict[str, TableDefinition]:
     return declared(*declarations())
 
@@ -184,7 +185,7 @@ def spill(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_a_query_gives_what_it_gives_over_all_rows(name: str, spill: Path) -> None:
-    hold(name, seed=1, events=2_000, rate=25, steps=5, spill=spill)
+    hold(name, seed=1, events=2_000, rate=25, steps=3, spill=spill)
 
 
 @pytest.mark.long
