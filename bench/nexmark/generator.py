@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-KINDS = ("person", "auction", "bid")
-PERSONS, AUCTIONS, BIDS = 1, 3, 46  # of each EPOCH events
-EPOCH = PERSONS + AUCTIONS + BIDS
+SHARES = {"person": 1, "auction": 3, "bid": 46}  # of each EPOCH events
+KINDS = tuple(SHARES)
+PERSONS, AUCTIONS = SHARES["person"], SHARES["auction"]
+EPOCH = sum(SHARES.values())
 BLOCK_EVENTS = 1_000 * EPOCH
 START_MS = 1_767_225_600_000  # 2026-01-01, in UTC
 FIRST_ID = 1_000  # of persons and of auctions

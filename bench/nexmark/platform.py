@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +15,7 @@ from streamhouse_cli.serve_process import ServeProcess
 from streamhouse_cli.status import collect_status
 
 from bench.common import Wrong, tree_cpu_s
-from bench.nexmark.generator import KINDS, START_MS, Nexmark, json_values, side_input
+from bench.nexmark.generator import EPOCH, KINDS, SHARES, START_MS, Nexmark, json_values, side_input
 from bench.nexmark.queries import TOPICS, declarations, statement
 
 POLL_S = 0.5
@@ -25,43 +25,54 @@ SEND_RECORDS = 2_000
 PATIENCE_S = 300.0
 
 
-@asynccontextmanager
-async def platform(folder: Path, nexmark: Nexmark, events: int) -> AsyncIterator[ServeProcess]:
-    """A platform with the events in its topics, all of them in segments, and the tables declared."""
-    environ = {"STREAMHOUSE_LOG_LEVEL": "WARNING"}
-    with ServeProcess(folder / "data", folder / "serve.log", environ) as process:
-        async with Admin(process.address) as admin:
-            for topic in TOPICS:
-                await admin.create_topic(topic, partitions=1)
-        async with Producer(process.address) as producer:
-            for topic, rows in _rows(nexmark, events):
-                values = json_values(rows)
-                times = rows["dateTime"].combine_chunks() if "dateTime" in rows.column_names else None
-                for at in range(0, rows.num_rows, SEND_RECORDS):
-                    stamps = START_MS if times is None else times.slice(at, SEND_RECORDS)
-                    await producer.send_columns(topic, values.slice(at, SEND_RECORDS), timestamps_ms=stamps)
-            await producer.flush()
-        async with Sql(process.address) as sql:
-            for declaration in declarations():
-                await sql(declaration).to_arrow()
-        while not all(
-            partition["registered_end"] == partition["end_offset"]
-            for partition in (await collect_status(process.address))["partitions"]
-        ):
-            await asyncio.sleep(POLL_S)
+@contextmanager
+def platform(folder: Path) -> Iterator[ServeProcess]:
+    """A platform on an empty directory below `folder`."""
+    with ServeProcess(folder / "data", folder / "serve.log", {"STREAMHOUSE_LOG_LEVEL": "WARNING"}) as process:
         yield process
 
 
-def _rows(nexmark: Nexmark, events: int) -> Iterator[tuple[str, pa.Table]]:
-    yield "side_input", side_input()
+async def declare(address: str) -> None:
+    """Makes the topics and declares the tables."""
+    async with Admin(address) as admin:
+        for topic in TOPICS:
+            await admin.create_topic(topic, partitions=1)
+    async with Sql(address) as sql:
+        for declaration in declarations():
+            await sql(declaration).to_arrow()
+
+
+async def fill(address: str, nexmark: Nexmark, first: int, end: int) -> None:
+    """Sends events `first` to `end`, multiples of EPOCH, and with the first also the side input. Waits until all of
+    them are in segments."""
+    async with Producer(address) as producer:
+        for topic, rows in _rows(nexmark, first, end):
+            values = json_values(rows)
+            times = rows["dateTime"].combine_chunks() if "dateTime" in rows.column_names else None
+            for at in range(0, rows.num_rows, SEND_RECORDS):
+                stamps = START_MS if times is None else times.slice(at, SEND_RECORDS)
+                await producer.send_columns(topic, values.slice(at, SEND_RECORDS), timestamps_ms=stamps)
+        await producer.flush()
+    while not all(
+        partition["registered_end"] == partition["end_offset"]
+        for partition in (await collect_status(address))["partitions"]
+    ):
+        await asyncio.sleep(POLL_S)
+
+
+def _rows(nexmark: Nexmark, first: int, end: int) -> Iterator[tuple[str, pa.Table]]:
+    if first == 0:
+        yield "side_input", side_input()
     for kind in KINDS:
-        for rows in nexmark.blocks(kind, events):
-            yield kind, rows
+        skipped = first // EPOCH * SHARES[kind]
+        for rows in nexmark.blocks(kind, end):
+            yield kind, rows.slice(skipped)
+            skipped = max(0, skipped - rows.num_rows)
 
 
 async def run_query(process: ServeProcess, name: str) -> dict[str, float]:
-    """Runs a query as a job until it has read all events. Returns the CPU seconds of the platform, all of its
-    processes, and the seconds, planning included, as `cpu_s` and `seconds`. Raises Wrong if the job fails."""
+    """Runs a query as a job until it has read all events, and drops it. Returns the CPU seconds of the platform,
+    all of its processes, and the seconds, planning included, as `cpu_s` and `seconds`. Raises Wrong if it fails."""
     target = re.search(r"INSERT INTO (\w+)", statement(name))
     assert target is not None
     topic = target[1]
