@@ -396,7 +396,8 @@ class _Translator:
         if self._target == "risingwave":
             lengths = ", ".join(f"INTERVAL '{_length(size)}'" for size in sizes.values())
             return f"{window.function}({name}, {self._quoted(time)}, {lengths})"
-        size, slide, offset = sizes["SIZE"], sizes.get("SLIDE", sizes["SIZE"]), sizes.get("OFFSET", 0)
+        size, slide = sizes["SIZE"], sizes.get("SLIDE", sizes["SIZE"])
+        offset = sizes.get("OFFSET", 0) % slide  # Spark takes none that is longer
         lengths = ", ".join(f"'{_length(part)}'" for part in (size, slide, offset))
         columns = "*"
         if definition is not None:

@@ -14,7 +14,7 @@ SELECT
   `w`.`window_time`,
   `w`.`channel`,
   AVG(`w`.`price`) AS `mean`
-FROM (SELECT `auction`, `bidder`, `price`, `channel`, `tags`, `info`, `ts`, `window`.`start` AS `window_start`, `window`.`end` AS `window_end`, `window`.`end` - INTERVAL '0.001' SECOND AS `window_time` FROM (SELECT *, WINDOW(`ts`, '1000 seconds', '0.2 seconds', '3 seconds') AS `window` FROM `bid`)) AS `w`
+FROM (SELECT `auction`, `bidder`, `price`, `channel`, `tags`, `info`, `ts`, `window`.`start` AS `window_start`, `window`.`end` AS `window_end`, `window`.`end` - INTERVAL '0.001' SECOND AS `window_time` FROM (SELECT *, WINDOW(`ts`, '1000 seconds', '0.2 seconds', '0 seconds') AS `window` FROM `bid`)) AS `w`
 GROUP BY
   `w`.`window_start`,
   `w`.`window_end`,
