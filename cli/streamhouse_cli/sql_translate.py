@@ -16,10 +16,9 @@ TARGETS = ("flink", "risingwave", "spark")
 @click.option("--to", "target", type=click.Choice(TARGETS), required=True, help="Engine to write for.")
 @click.option(
     "--servers",
-    default="localhost:9092",
-    show_default=True,
+    default="",
     metavar="HOST:PORT",
-    help="Addresses that the engine's Kafka connector is given.",
+    help="Addresses that the engine reads from. Default: localhost:9092, Kafka's protocol; spark: 127.0.0.1:7070.",
 )
 @click.argument("path", metavar="FILE", type=click.Path())
 def translate(target: str, servers: str, path: str) -> None:

@@ -50,7 +50,10 @@ def test_a_file_and_stdin_are_translated(translate, tmp_path):
     path.write_text(text)
     assert translate("--to", "flink", "--servers", "here:1", str(path)) == (0, FLINK, "")
     assert translate("--to", "flink", "--servers", "here:1", "-", stdin=text) == (0, FLINK, "")
-    assert "kafka.bootstrap.servers` 'localhost:9092'" in translate("--to", "spark", str(path))[1]
+    assert (
+        "USING streamhouse OPTIONS (bootstrap '127.0.0.1:7070', topic 'bid')"
+        in translate("--to", "spark", str(path))[1]
+    )
 
 
 def test_an_error_has_its_place_and_nothing_is_written(translate, tmp_path):

@@ -36,6 +36,8 @@ from streamhouse_sql.core.tables import TableColumn, TableDefinition
 from streamhouse_sql.core.windows import Window, with_placeholders
 
 TARGETS = ("flink", "risingwave", "spark")
+# Addresses that a target reads from if none are given: Flink and RisingWave by Kafka's protocol, Spark by ours.
+SERVERS = {"flink": "localhost:9092", "risingwave": "localhost:9092", "spark": "127.0.0.1:7070"}
 NAMES = {"flink": "Flink", "risingwave": "RisingWave", "spark": "Spark"}
 _ALL = frozenset(TARGETS)
 _FLINK_SPARK = frozenset({"flink", "spark"})
@@ -153,13 +155,12 @@ class Translated:
         return "".join(f"-- {note}\n" for note in self.notes) + f"{self.text};\n"
 
 
-def translate(text: str, target: str, *, servers: str) -> list[Translated]:
+def translate(text: str, target: str, *, servers: str = "") -> list[Translated]:
     """Returns the statements of a text, separated by semicolons, for a target. `servers`: addresses that the target
-    reads from: of Kafka's protocol, for Spark those of the platform. Raises InvalidStatement, with line and column in
-    the whole text where they are known."""
+    reads from; empty: SERVERS. Raises InvalidStatement, with line and column in the whole text where they are known."""
     if target not in TARGETS:
         raise InvalidStatement(f"target is {target!r}, must be one of {', '.join(TARGETS)}", clause=target)
-    translator = _Translator(target, servers)
+    translator = _Translator(target, servers or SERVERS[target])
     return [found for statement in _statements(text) for found in translator.statement(statement)]
 
 
@@ -570,14 +571,13 @@ class _Translator:
             else:
                 inner.append(f"{text if table.format == 'text' else f'{row}.{name}'} AS {name}")
         records = self._quoted(f"{table.name}_records")
-        options = {"kafka.bootstrap.servers": self._servers, "subscribe": table.topic, "startingOffsets": "earliest"}
-        given = ", ".join(f"`{name}` {_literal(value)}" for name, value in options.items())
+        given = f"bootstrap {_literal(self._servers)}, topic {_literal(table.topic)}"
         rows = f"SELECT *{parsed} FROM {records}"
         required = [f"{self._quoted(column.name)} IS NOT NULL" for column in table.fields if column.not_null]
         where = f"\nWHERE {' AND '.join(required)}" if required else ""
         view = f"CREATE OR REPLACE TEMPORARY VIEW {self._quoted(table.name)} AS\nSELECT {', '.join(outer)}"
         return [
-            Translated(f"CREATE OR REPLACE TEMPORARY VIEW {records} USING kafka OPTIONS ({given})"),
+            Translated(f"CREATE OR REPLACE TEMPORARY VIEW {records} USING streamhouse OPTIONS ({given})"),
             Translated(f"{view}\nFROM (\n  SELECT {', '.join(inner)}\n  FROM ({rows})\n){where}", tuple(notes)),
         ]
 

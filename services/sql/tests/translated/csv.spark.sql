@@ -1,4 +1,4 @@
-CREATE OR REPLACE TEMPORARY VIEW `readings_records` USING kafka OPTIONS (`kafka.bootstrap.servers` 'kafka:9092', `subscribe` 'readings', `startingOffsets` 'earliest');
+CREATE OR REPLACE TEMPORARY VIEW `readings_records` USING streamhouse OPTIONS (bootstrap 'kafka:9092', topic 'readings');
 
 -- bad_rows = 'skip': a bad row has NULL in all of its fields
 -- format csv: a record is a single line

@@ -1,4 +1,4 @@
-CREATE OR REPLACE TEMPORARY VIEW `bid_records` USING kafka OPTIONS (`kafka.bootstrap.servers` 'kafka:9092', `subscribe` 'bid', `startingOffsets` 'earliest');
+CREATE OR REPLACE TEMPORARY VIEW `bid_records` USING streamhouse OPTIONS (bootstrap 'kafka:9092', topic 'bid');
 
 -- WATERMARK FOR ts AS ts - INTERVAL '4' SECOND: withWatermark of its reader
 -- bad_rows = 'fail': a bad row ends the query, which does not name its offset

@@ -1,4 +1,4 @@
-CREATE OR REPLACE TEMPORARY VIEW `sales_records` USING kafka OPTIONS (`kafka.bootstrap.servers` 'kafka:9092', `subscribe` 'sales.v1', `startingOffsets` 'earliest');
+CREATE OR REPLACE TEMPORARY VIEW `sales_records` USING streamhouse OPTIONS (bootstrap 'kafka:9092', topic 'sales.v1');
 
 -- WATERMARK FOR ts AS ts - INTERVAL '5' SECOND: withWatermark of its reader
 -- bad_rows = 'fail': a bad row ends the query, which does not name its offset

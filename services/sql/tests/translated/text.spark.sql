@@ -1,4 +1,4 @@
-CREATE OR REPLACE TEMPORARY VIEW `lines_records` USING kafka OPTIONS (`kafka.bootstrap.servers` 'kafka:9092', `subscribe` 'lines', `startingOffsets` 'earliest');
+CREATE OR REPLACE TEMPORARY VIEW `lines_records` USING streamhouse OPTIONS (bootstrap 'kafka:9092', topic 'lines');
 
 -- bad_rows = 'fail': a bad row ends the query, which does not name its offset
 CREATE OR REPLACE TEMPORARY VIEW `lines` AS
