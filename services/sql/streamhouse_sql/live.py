@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from concurrent.futures import Executor
 from functools import partial
 from typing import TypeVar
@@ -60,7 +60,8 @@ METADATA = b"streamhouse.live"
 
 
 class LiveQueries:
-    """Runs live queries. `new_engine` opens an instance with one thread. `close` ends those that run."""
+    """Runs live queries. `new_engine` opens an instance with one thread; `views` returns the names of
+    views. `close` ends those that run."""
 
     def __init__(
         self,
@@ -69,12 +70,14 @@ class LiveQueries:
         settings: SqlSettings,
         new_engine: Callable[[], JobEngine],
         decoders: Executor,
+        views: Callable[[], Awaitable[Collection[str]]],
     ) -> None:
         self.reads = reads
         self.catalog = catalog
         self.settings = settings
         self.new_engine = new_engine
         self.decoders = decoders
+        self.views = views
         self.runs: set[_Run] = set()
         self._is_closed = False
 
@@ -192,6 +195,13 @@ class _Run:
         """Returns the program. The index may be a moment behind: it is asked for all that is known before a name is
         refused."""
         live, catalog = self._live, self._live.catalog
+        if view := next(iter(sorted(self._query.tables_named().intersection(await live.views()))), None):
+            # Its name hides the topic with its changes, which would be read as it is.
+            raise InvalidStatement(
+                f"{view} is a view, and live queries over views are not supported yet; a table that is declared WITH "
+                f"(topic = '{view}') reads its changes",
+                clause=view,
+            )
 
         def trial() -> JobEngine:
             self._trial = live.new_engine()

@@ -107,7 +107,7 @@ class SqlService:
         self.is_closed = False
         self._ends: set[asyncio.Task[None]] = set()
         self._decoders = ThreadPoolExecutor(settings.sql_threads, "sql decode")
-        self.live = LiveQueries(reads, catalog, settings, new_job_engine, self._decoders)
+        self.live = LiveQueries(reads, catalog, settings, new_job_engine, self._decoders, views.known)
 
     async def close(self) -> None:
         """Ends the statements that run with ShuttingDown, then the threads."""

@@ -157,6 +157,7 @@ async def test_explain_says_what_a_live_query_reads_and_keeps(platform: World, s
     lines = [row[0] for row in (await sql.run(f"EXPLAIN {BY_CARRIER}")).rows]
     assert lines[0] == "live query" and any(line.startswith("state ") for line in lines)
     assert any("topic t" in line for line in lines) and sql.left() == []
+    assert not any("WITH" in line for line in lines)
 
 
 # ---- ends
@@ -261,6 +262,14 @@ async def test_live_queries_have_a_limit_and_take_no_turns(platform: World, star
 
 
 # ---- what is refused
+
+
+async def test_a_live_query_over_a_view_does_not_read_the_topic_behind_it(platform: World, start_sql: StartSql) -> None:
+    await one_topic(platform)
+    sql = await start_sql(sql_job_stop_ms=0)  # the platform of this test takes no output of jobs
+    await sql.run("CREATE MATERIALIZED VIEW seen AS SELECT _key AS k, count(*) AS n FROM t GROUP BY _key")
+    error = await error_of(sql, "SELECT * FROM seen EMIT CHANGES")
+    assert isinstance(error, InvalidStatement) and "seen is a view, and live queries over views" in str(error)
 
 
 @pytest.mark.parametrize(
