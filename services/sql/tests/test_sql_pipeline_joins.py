@@ -178,6 +178,13 @@ def test_joins_of_tables(sql: str, spill: Path) -> None:
         hold(sql, len(sql), spill, kind="MATERIALIZED VIEW v", count=60)
 
 
+STARS = "SELECT w.k, price, n FROM (SELECT e.*, p.price FROM plain AS e JOIN prices AS p ON e.k = p.k) AS w"
+
+
+def test_a_star_of_a_joined_table_has_the_tables_names(spill: Path) -> None:
+    hold(STARS, 7, spill, count=40)
+
+
 CHANGES = [
     "SELECT c, count(*) AS n, sum(s) AS s, avg(m) AS a FROM "
     "(SELECT k, count(*) AS c, sum(n) AS s, max(x) AS m FROM events GROUP BY k) GROUP BY c",

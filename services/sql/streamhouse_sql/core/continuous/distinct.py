@@ -99,11 +99,11 @@ class DistinctSets:
                 f"FROM ({self._new_values(source, value)}) AS n LEFT JOIN {table} AS t ON {same('n', 't', keys)} "
                 f'WHERE t."#m" IS NULL OR (t."#m" | n."#m") <> t."#m"',
             )
+            # Not by MERGE: see groups.py.
             self._builder.do(
-                f"MERGE INTO {table} AS t USING {new} AS n ON {same('t', 'n', keys)} "
-                f'WHEN MATCHED THEN UPDATE SET "#m" = t."#m" | n."#m" '
-                f'WHEN NOT MATCHED THEN INSERT VALUES ({listed(keys, "n")}, n."#m")'
+                f'DELETE FROM {table} AS t USING {new} AS n WHERE n."#old" <> 0 AND {same("t", "n", keys)}'
             )
+            self._builder.do(f'INSERT INTO {table} SELECT {listed(keys)}, "#m" | "#old" FROM {new}')
             parts = [(part, bit) for part, at, bit in self.places(node) if at == number]
             counts = [
                 f'count(*) FILTER (WHERE ("#m" & {1 << bit}) <> 0 AND ("#old" & {1 << bit}) = 0) AS {quoted(part)}'
@@ -189,21 +189,22 @@ class CountedValues:
             known = f"({value}) IS NOT NULL" + (f" AND ({where})" if where else "")
             total = f"sum({quoted(WEIGHT)})::BIGINT"
             terms = ", ".join([*keys, f'{value} AS "#x"', f'{total} AS "#m"'])
-            new = self._builder.new("d")
-            self._builder.make(new, f"SELECT {terms} FROM ({source}) WHERE {known} GROUP BY {by} HAVING {total} <> 0")
+            new, known_values = self._builder.new("d"), [*names, "#x"]
+            changes = f"SELECT {terms} FROM ({source}) WHERE {known} GROUP BY {by} HAVING {total} <> 0"
             table = self._builder.state(
-                f"SELECT * FROM {new}",
+                changes,
                 operator=self._operator,
                 holds=f"the values of {value} of each group",
                 bound=self._bound,
             )
             self.tables.append(table)
-            self._builder.do(
-                f"MERGE INTO {table} AS t USING {new} AS n ON {same('t', 'n', [*names, '#x'])} "
-                f'WHEN MATCHED AND t."#m" + n."#m" <= 0 THEN DELETE '
-                f'WHEN MATCHED THEN UPDATE SET "#m" = t."#m" + n."#m" '
-                f'WHEN NOT MATCHED THEN INSERT VALUES ({listed([*names, "#x"], "n")}, n."#m")'
+            self._builder.make(
+                new,
+                f'SELECT {listed(known_values, "n")}, coalesce(t."#m", 0) + n."#m" AS "#m" FROM ({changes}) AS n '
+                f"LEFT JOIN {table} AS t ON {same('n', 't', known_values)}",
             )
+            self._builder.do(f"DELETE FROM {table} AS t USING {new} AS n WHERE {same('t', 'n', known_values)}")
+            self._builder.do(f'INSERT INTO {table} SELECT * FROM {new} WHERE "#m" > 0')
             touched = f"SELECT DISTINCT {', '.join(keys) or '1 AS one'} FROM ({source})"
             values = [f"{found} AS {quoted(part)}" for part, found in parts]
             groups = f" GROUP BY {listed(names, 't')}" if names else ""

@@ -136,7 +136,7 @@ def grouped(
         change,
         f"SELECT {', '.join(terms)} FROM ({partial}) AS p LEFT JOIN {state} AS s ON {same('p', 's', columns.keys)}",
     )
-    _merge(builder, state, change, columns, weighted=weighted)
+    _merge(builder, state, change, columns)
     if builder.options.ttl_us:
         follow: list[str] = []
         for values in (sets, counted):
@@ -163,21 +163,16 @@ def _bound(builder: Builder, windows: dict[str, str], keeps_windows: bool) -> st
     return builder.ttl_bound()
 
 
-def _merge(builder: Builder, state: str, change: str, columns: Columns, *, weighted: bool) -> None:
-    updates = [f"{quoted(name)} = d.{quoted('n' + name)}" for name, _ in columns.parts]
-    inserts = [
-        *(f"d.{quoted(name)}" for name in columns.keys),
-        *(f"d.{quoted('n' + name)}" for name, _ in columns.parts),
+def _merge(builder: Builder, state: str, change: str, columns: Columns) -> None:
+    """Puts the groups as they are now in the place of those that were. Not by MERGE or UPDATE: DuckDB updates rows in
+    random order in a time that grows with their square (10,000 groups of 13 columns: 850 ms against 12)."""
+    builder.do(f"DELETE FROM {state} AS s USING {change} AS d WHERE {same('s', 'd', columns.keys)}")
+    values = [
+        *(quoted(name) for name in columns.keys),
+        *(quoted("n" + name) for name, _ in columns.parts),
+        *([quoted(CHANGED)] if builder.options.ttl_us else []),
     ]
-    if builder.options.ttl_us:
-        updates.append(f"{quoted(CHANGED)} = d.{quoted(CHANGED)}")
-        inserts.append(f"d.{quoted(CHANGED)}")
-    gone = f"WHEN MATCHED AND d.{quoted('n' + ROWS)} <= 0 THEN DELETE " if weighted else ""
-    absent = f"NOT MATCHED AND d.{quoted('n' + ROWS)} > 0" if weighted else "NOT MATCHED"
-    builder.do(
-        f"MERGE INTO {state} AS s USING {change} AS d ON {same('s', 'd', columns.keys)} {gone}"
-        f"WHEN MATCHED THEN UPDATE SET {', '.join(updates)} WHEN {absent} THEN INSERT VALUES ({', '.join(inserts)})"
-    )
+    builder.do(f"INSERT INTO {state} SELECT {', '.join(values)} FROM {change} WHERE {quoted('n' + ROWS)} > 0")
 
 
 def _changes(node: Group, columns: Columns, change: str, windows: dict[str, str]) -> Relation:

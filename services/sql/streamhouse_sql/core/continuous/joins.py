@@ -167,7 +167,8 @@ def _as_of(version: exp.Expr, scope: Scope, times: tuple[str, str], rest: Sequen
     found = written(resolved(time, scope))
     if not times[0] or found != quoted(times[0]):
         raise InvalidStatement(
-            f"FOR SYSTEM_TIME AS OF {time.sql(Verbatim)} must be the left side's column with a WATERMARK",
+            f"FOR SYSTEM_TIME AS OF {time.sql(Verbatim)} is not supported: it must be the left side's column with a "
+            "WATERMARK",
             clause="FOR SYSTEM_TIME AS OF",
         )
     if not times[1]:

@@ -392,7 +392,8 @@ def _star(item: exp.Expr, scope: Scope) -> Iterator[tuple[str, exp.Expr]]:
     for alias, columns in found:
         for name in columns:
             parts = [exp.to_identifier(part, quoted=True) for part in ((alias, name) if alias else (name,))]
-            shown = columns[name] if not columns[name].startswith("#") else columns[name].rsplit(".", 1)[-1]
+            # Behind a join or UNNEST the name inside has that of its table before it.
+            shown = columns[name].removeprefix("#").removeprefix(f"{alias}.") if alias else columns[name]
             yield shown, exp.Column(this=parts[-1], table=parts[0] if len(parts) > 1 else None)
 
 
