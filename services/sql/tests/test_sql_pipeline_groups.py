@@ -263,7 +263,7 @@ def test_state_of_windows_that_ended_is_gone(spill: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("streamhouse_sql.pipeline.SIZES_STEPS", 1)
     for emit in ("EMIT CHANGES", "EMIT ON WINDOW CLOSE"):
         for window in (WINDOWS["hop"], SESSION):
-            log = events(3, 150)
+            log = events(3, 60)
             sql = f"SELECT k, window_start, window_end, count(*) AS c FROM {window} GROUP BY ALL {emit}"
             plan = plan_of(f"CREATE SINK s INTO out AS {sql}", log, TABLES)
             assert [info.bound for info in plan.state] == ["window"]
@@ -301,7 +301,6 @@ def test_rows_of_slices_are_put_together(spill: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("streamhouse_sql.pipeline.COMPACTION_ROWS_MIN", 5)
     monkeypatch.setattr("streamhouse_sql.pipeline.SIZES_STEPS", 3)
     hold(ON_CLOSE[2].format(WINDOWS["hop"]), 11, spill, emit=" EMIT ON WINDOW CLOSE")
-    hold(ON_CLOSE[1].format(WINDOWS["hop"]), 12, spill, emit=" EMIT ON WINDOW CLOSE")
 
 
 # ---- what is refused
