@@ -122,6 +122,7 @@ class JobRun:
         self._gather: Gather | None = None
         self._state_bytes = 0
         self._is_stopping = asyncio.Event()
+        self._now_us = 0
         self._checkpoint: Checkpoint | None = None
         self._saving = asyncio.Event()  # a snapshot waits to be stored, or is being stored
         self._snapshot: _Snapshot | None = None
@@ -282,6 +283,7 @@ class JobRun:
         parts, plan = self._parts, self._takeover
         for batch in plan.replay:
             self.batch = batch
+            self._now_us = max(self._now_us, batch.now_us)
             inputs = await read_again(parts.reads, parts.decoders, self.plan_now.inputs, self._place.inputs, batch)
             await self._run_batch(batch, inputs)
         takeover.check_replayed(self._output.sequences, plan.written)
@@ -315,11 +317,13 @@ class JobRun:
             await cancel_and_wait(gathering, stopping)
 
     def _batch_of(self, number: int, gathered: Gathered) -> MicroBatch:
+        # A clock that is set back must not make state younger.
+        self._now_us = max(self._now_us, self._parts.reads.clock.wall_ms() * 1000)
         return MicroBatch(
             number=number,
             ranges=gathered.ranges,
             idle=gathered.idle,
-            now_us=self._parts.reads.clock.wall_ms() * 1000,
+            now_us=self._now_us,
             output_partitions=max(self._output_partitions(), len(self._output.sequences)),
             fingerprint=self.plan_now.fingerprint,
         )

@@ -39,7 +39,6 @@ _FINAL = (InvalidStatement, UnknownTopic, DataLoss)
 class _Held:
     run: JobRun
     task: asyncio.Task[None]
-    is_given_up: bool = False
 
 
 @dataclass(slots=True)
@@ -165,7 +164,7 @@ class JobWorker:
         for stop in answer.stop:
             await self._stop(stop)
         for grant in answer.granted:
-            self._start(grant)
+            await self._start(grant)
 
     async def _claim(self, *, is_leaving: bool = False) -> pb.ClaimSqlJobsResponse:
         now_ms = self._clock.monotonic_ms()
@@ -197,18 +196,16 @@ class JobWorker:
         if stop.why == MOVING:
             held.run.stop()  # its end releases the job
             return
-        held.is_given_up = True
         await cancel_and_wait(held.task)
         if stop.why == DROPPED:
+            self._failures.pop(stop.job_id, None)
             await self.parts.checkpoints.drop(stop.job_id)
 
-    def _start(self, grant: pb.SqlJobGrant) -> None:
+    async def _start(self, grant: pb.SqlJobGrant) -> None:
         job_id = grant.job.job_id
-        if job_id in self._held:
-            # Granted once more although it runs here: this run's epoch is over.
-            held = self._held.pop(job_id)
-            held.is_given_up = True
-            held.task.cancel()
+        if (held := self._held.get(job_id)) is not None:
+            # Granted once more although it runs here: the epoch of this run is over.
+            await cancel_and_wait(held.task)
         run = JobRun(self.parts, grant)
         task = asyncio.create_task(self._run(run), name=f"job {grant.job.job}")
         self._held[job_id] = _Held(run, task)
