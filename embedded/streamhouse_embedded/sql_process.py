@@ -103,6 +103,8 @@ class SqlProcess:
         process, self._process = self._process, None
         if process is not None:
             await _end(process, self._settings.shutdown_timeout_ms / 1000 + STOP_TIMEOUT_S)
+        # Last: the process has told the clients of its statements why they end.
+        await self._disconnect()
         for opened in (self._channel, self._listener):
             if opened is not None:
                 opened.close()
@@ -131,9 +133,7 @@ class SqlProcess:
                 await self._serve(process, channel)
             finally:
                 self._has_begun.set()
-                if self._api.done():
-                    api, self._api = self._api.result(), loop.create_future()
-                    await api.close()
+            await self._disconnect()
             channel.close()
             if loop.time() - began_s > RESTART_MS_MAX / 1000:
                 backoff.reset()
@@ -143,6 +143,11 @@ class SqlProcess:
             )
             await asyncio.sleep(wait_ms / 1000)
             self._launch()
+
+    async def _disconnect(self) -> None:
+        if self._api.done():
+            api, self._api = self._api.result(), asyncio.get_running_loop().create_future()
+            await api.close()
 
     async def _serve(self, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
         """Hands over the settings, takes the address, and waits for the end of the process."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from streamhouse import Admin, Producer, Sql
-from streamhouse.errors import Unavailable
+from streamhouse.errors import ShuttingDown, Unavailable
 
 from tests.integration.processes import EmbeddedProcess, free_ports
 
@@ -77,6 +77,17 @@ async def test_the_process_of_sql_ends_with_the_platform(serve: EmbeddedProcess,
     serve.send_signal(number)
     await until_ended(serve.pid)
     await until_ended(pid)
+
+
+async def test_a_platform_that_stops_tells_the_clients_of_its_statements_why(serve: EmbeddedProcess) -> None:
+    async with Admin(serve.address) as admin, Producer(serve.address) as producer, Sql(serve.address) as sql:
+        await admin.create_topic("t", partitions=1)
+        await (await producer.send("t", b"v"))
+        changes = aiter(sql("SELECT _offset FROM t EMIT CHANGES"))
+        assert (await anext(changes))["_offset"].to_pylist() == [0]
+        serve.send_signal(signal.SIGTERM)
+        with pytest.raises(ShuttingDown, match="this SQL service is stopping"):
+            await anext(changes)
 
 
 async def test_a_process_of_sql_that_cannot_start_leaves_the_log_serving(tmp_path: Path) -> None:
