@@ -148,7 +148,8 @@ class SqlSettings(ReadSettings):
         default_factory=MemoryShare(part=8, least=64 * MIB, most=1024 * MIB),
         ge=16 * MIB,
         le=1 << 44,
-        description="memory of the state of one job, beyond which it spills to sql_temp_dir",
+        description="memory of the state of one job, beyond which it spills to sql_temp_dir; no result of a "
+        "micro-batch, and no table of the state, may be larger: a checkpoint has them in memory",
     )
     sql_job_temp_bytes_max: int = Field(
         10 * 1024 * MIB, ge=0, le=1 << 50, description="bytes that the state of one job may spill to sql_temp_dir"

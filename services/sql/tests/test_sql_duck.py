@@ -272,3 +272,19 @@ def test_a_result_is_computed_as_it_is_taken(engine: Duck) -> None:
     for _ in range(100):
         next(batches)
     assert taken < 700
+
+
+def test_a_fetched_result_keeps_to_the_memory_limit(tmp_path: Path) -> None:
+    """DuckDB hands over Arrow memory that it does not count."""
+    duck = Duck(DuckLimits(memory_bytes_max=64 << 20, temp_dir=tmp_path, temp_bytes_max=0, threads=1))
+    rows = "SELECT i, repeat('x', 100) AS x FROM range({}) AS r(i)"
+    try:
+        assert duck.fetch(rows.format(1_000)).num_rows == 1_000
+        with pytest.raises(StatementLimit, match="67108864 bytes"):
+            duck.fetch(rows.format(1_000_000))
+        other = duck.cursor()
+        with pytest.raises(StatementLimit):
+            other.fetch(rows.format(1_000_000))
+        assert duck.fetch("SELECT 1 AS one").to_pydict() == {"one": [1]}, "the instance goes on"
+    finally:
+        duck.close()

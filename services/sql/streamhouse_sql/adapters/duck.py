@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 from shproto.errors import InvalidStatement, StatementFailed, StatementLimit, StreamHouseError
 from shruntime import files
 from shruntime.settings import SettingsError
@@ -32,6 +33,8 @@ class DuckLimits:
     threads: int
 
 
+# Rows of a batch in which a result is fetched: what a result may have beyond its limit.
+FETCH_ROWS = 16_384
 _NO_VALUES: Mapping[str, object] = {}
 
 
@@ -52,6 +55,7 @@ class Duck:
 
     def __init__(self, limits: DuckLimits) -> None:
         self._reader: Any = None
+        self._fetch_bytes_max = limits.memory_bytes_max
         self._connection = duckdb.connect(
             ":memory:",
             config={
@@ -122,10 +126,24 @@ class Duck:
             self._connection.execute(sql)
 
     def fetch(self, sql: str, values: Sequence[object] = ()) -> Any:
-        """Returns the whole result of a query of ours as a `pyarrow.Table`."""
+        """Returns the whole result of a query of ours as a `pyarrow.Table`. Raises StatementLimit for one above
+        the instance's memory limit: DuckDB does not count what it hands over."""
+        batches: list[Any] = []
+        size_bytes = 0
         with _as_ours():
             relation = self._connection.sql(sql, params=list(values)) if values else self._connection.sql(sql)
-            return relation.to_arrow_table()
+            with relation.to_arrow_reader(FETCH_ROWS) as reader:
+                for batch in reader:
+                    size_bytes += batch.nbytes
+                    if size_bytes > self._fetch_bytes_max:
+                        raise StatementLimit(
+                            f"a result, or a table of the state, has more than {self._fetch_bytes_max} bytes, the "
+                            "memory limit",
+                            limit="sql_job_memory_bytes_max",
+                            value=size_bytes,
+                        )
+                    batches.append(batch)
+                return pa.Table.from_batches(batches, reader.schema)
 
     def remove_table(self, name: str) -> None:
         """Forgets a table that `add_table` made readable."""
@@ -153,6 +171,7 @@ class Duck:
         """Returns a second connection to the instance, with tables of its own beside the instance's."""
         other = Duck.__new__(Duck)
         other._connection, other._reader = self._connection.cursor(), None
+        other._fetch_bytes_max = self._fetch_bytes_max
         return other
 
     def _batches(self) -> Iterator[Any]:
