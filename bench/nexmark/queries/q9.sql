@@ -3,8 +3,7 @@ INSERT INTO nexmark_q9
 SELECT id, itemName, description, initialBid, reserve, dateTime, expires, seller, category, extra,
     auction, bidder, price, bid_dateTime, bid_extra
 FROM (
-    SELECT A.id, A.itemName, A.description, A.initialBid, A.reserve, A.dateTime, A.expires, A.seller, A.category, A.extra,
-        B.auction, B.bidder, B.price, B.dateTime AS bid_dateTime, B.extra AS bid_extra,
+    SELECT A.*, B.auction, B.bidder, B.price, B.dateTime AS bid_dateTime, B.extra AS bid_extra,
         row_number() OVER (PARTITION BY A.id ORDER BY B.price DESC, B.dateTime ASC) AS rownum
     FROM auction AS A JOIN bid AS B
         ON A.id = B.auction AND B.dateTime BETWEEN A.dateTime AND A.expires
