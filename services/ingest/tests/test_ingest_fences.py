@@ -310,14 +310,22 @@ async def test_a_fence_answers_what_was_written_and_stops_older_epochs(
         assert (await service.api.produce(stream(5, 9, 2))).duplicate
 
 
-async def test_a_batch_of_a_fenced_producer_is_held_to_the_rules_however_it_comes(
-    tmp_path: Path, world: World, orders: bytes
-) -> None:
+async def test_an_ordinary_batch_has_no_epoch_that_fences(tmp_path: Path, world: World, orders: bytes) -> None:
+    """Before the first fence above all: it would be written by Kafka's rules, and the first fence answer that nothing
+    is there."""
+
+    async def refused(epoch: int) -> None:
+        plain = pb.ProduceRequest(topic="orders", batch=stream(0, 3, epoch).sequenced_batch)
+        with pytest.raises(errors.InvalidArgument, match=f"producer_epoch is {epoch}, must be 0") as caught:
+            await service.api.produce(plain)
+        assert caught.value.details["field"] == "producer_epoch"
+
     async with running(tmp_path, world) as service:
-        await fence(service, 2)
-        plain = stream(0, 3, 1)
-        with pytest.raises(errors.ProducerFenced):
-            await service.api.produce(pb.ProduceRequest(topic="orders", batch=plain.sequenced_batch))
+        await refused(1)
+        assert last_of(await fence(service, 2)) == NOTHING
+        assert (await service.api.produce(stream(0, 3, 2))).base_offset == 0, "the refused one has left nothing"
+        await refused(1)
+        await refused(2)
 
 
 async def test_the_next_leader_takes_no_batch_of_a_fenced_producer_however_it_comes(
@@ -328,9 +336,10 @@ async def test_the_next_leader_takes_no_batch_of_a_fenced_producer_however_it_co
     async with running(tmp_path, world) as service:
         for epoch, error in ((1, errors.ProducerFenced), (2, errors.ProducerNotFenced)):
             with pytest.raises(error):
-                await service.api.produce(pb.ProduceRequest(topic="orders", batch=stream(0, 3, epoch).sequenced_batch))
+                await service.api.produce(stream(0, 3, epoch))
+        ordinary = pb.ProduceRequest(topic="orders", batch=stream(0, 3, 0).sequenced_batch)
         with pytest.raises(errors.ProducerFenced):
-            await service.api.produce(stream(0, 3, 1))
+            await service.api.produce(ordinary)
 
 
 @pytest.mark.parametrize(

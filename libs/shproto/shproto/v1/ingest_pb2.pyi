@@ -36,7 +36,9 @@ class ProduceRequest(_message.Message):
     partition: _builtins.int
     acks: _types_pb2.Acks.ValueType
     batch: _builtins.bytes
-    """one encoded record batch, docs/formats/record-batch.md"""
+    """One encoded record batch, docs/formats/record-batch.md. A producer in it has epoch 0: others fence, and send
+    sequenced_batch.
+    """
     sequenced_batch: _builtins.bytes
     """One encoded batch of a producer that has fenced: taken only if it continues what the fence answered, in the epoch of
     the fence. PRODUCER_NOT_FENCED where the leader has answered no fence since it leads: fence again, then go on.

@@ -64,7 +64,7 @@ def raise_epoch(
                 limit="producer_fences_per_partition_max",
                 value=fence_count,
             )
-        # Nothing is accepted from a producer before its first fence, so older ranges hold nothing of it.
+        # Agents take batches of epoch 1 and above only behind a fence, so older ranges hold nothing of the producer.
         return ProducerFenceRow(
             topic_id=asked.topic_id,
             partition=asked.partition,

@@ -91,10 +91,21 @@ class RequestRules:
         return header
 
     def check_producer(self, header: BatchHeader, *, sequenced: bool) -> None:
-        """Refuses a producer id from before the metadata was restored, which may be assigned twice, and a sequenced
-        batch without a producer that fences. Raises UnknownProducer, InvalidArgument."""
+        """Refuses a producer id from before the metadata was restored, which may be assigned twice, a sequenced batch
+        without a producer that fences, and any other batch with the epoch of one. Raises UnknownProducer,
+        InvalidArgument."""
         if header.producer is not None:
             self.check_producer_id(header.producer.producer_id)
+        if not sequenced and header.producer is not None and header.producer.producer_epoch > FIRST_EPOCH:
+            # Without a fence: its first fence would answer that it has written nothing, and all would be written again.
+            epoch = header.producer.producer_epoch
+            raise InvalidArgument(
+                f"producer_epoch is {epoch}, must be {FIRST_EPOCH} in field batch: a producer with an epoch of at least "
+                f"{FIRST_EPOCH + 1} fences, and sends sequenced_batch",
+                field="producer_epoch",
+                value=epoch,
+                limit=FIRST_EPOCH,
+            )
         if sequenced and (header.producer is None or header.producer.producer_epoch <= FIRST_EPOCH):
             epoch = None if header.producer is None else header.producer.producer_epoch
             raise InvalidArgument(
