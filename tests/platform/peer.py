@@ -51,6 +51,7 @@ class Peer:
         self.requests: ByMethod[list[Any]] = ByMethod(self._is_method, list)
         self.answers: ByMethod[list[Any]] = ByMethod(self._is_method, list)
         self._lost_answers: ByMethod[int] = ByMethod(self._is_method, int)
+        self._repeated: ByMethod[int] = ByMethod(self._is_method, int)
         self._held_requests: ByMethod[Held] = ByMethod(self._is_method, Held)
         self._held_answers: ByMethod[Held] = ByMethod(self._is_method, Held)
 
@@ -61,6 +62,11 @@ class Peer:
         """Loses the next answers of a unary method: the service has done what it was asked for, and the call fails as
         Unavailable."""
         self._lost_answers[name] = count
+
+    def repeat(self, name: str, count: int = 1) -> None:
+        """Lets the next calls of a unary method come twice, as a client repeats them at another address after the
+        answer was lost: the caller gets the second answer."""
+        self._repeated[name] = count
 
     def hold(self, name: str) -> Held:
         """Holds the requests of a unary method on their way to the service, from now on."""
@@ -84,6 +90,9 @@ class Peer:
             if name in self._held_requests:
                 await self._held_requests[name].wait(request)
             self.calls[name] += 1
+            if self._repeated[name]:
+                self._repeated[name] -= 1
+                await method(request)
             answer = await method(request)
             self.requests[name].append(request)
             self.answers[name].append(answer)

@@ -106,6 +106,7 @@ class JobWorld:
         self.cluster = cluster
         self._directory = directory
         self.workers: list[Worker] = []
+        self.coordinators: dict[str, CoordinatorPeer] = {}
 
     async def start_worker(self, store: Any = None, point: CrashPoint | None = None, **settings: Any) -> Worker:
         values = SETTINGS | {"cache_dir": self._directory / "cache", "sql_temp_dir": self._directory / "spill"}
@@ -122,7 +123,7 @@ class JobWorld:
 
     @asynccontextmanager
     async def sql(self, name: str = "sql", **settings: Any) -> AsyncIterator[Sql]:
-        """Runs a whole SQL service, which others find."""
+        """Runs a whole SQL service, which others find. It reaches the coordinator by `coordinators[name]`."""
         values = SETTINGS | {
             "cache_dir": self._directory / name,
             "sql_temp_dir": self._directory / "spill",
@@ -130,7 +131,7 @@ class JobWorld:
             "sql_pg_listen": "127.0.0.1:0",
         }
         chosen = SqlSettings(**(values | settings))
-        peer = CoordinatorPeer(self.cluster.service.api)
+        peer = self.coordinators[name] = CoordinatorPeer(self.cluster.service.api)
         engine = build_engine(
             chosen, peer, self.cluster.objects, self.cluster.ingest_at, SystemClock(), role="sql", agent_id=name
         )

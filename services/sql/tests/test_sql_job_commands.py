@@ -154,6 +154,41 @@ async def test_a_view_is_a_table_and_a_topic(world: JobWorld, sql: Sql) -> None:
     assert len(await until_rows(sql, "SELECT n FROM late", 10)) == 10
 
 
+@pytest.mark.parametrize("clause", ["", "IF NOT EXISTS "])
+async def test_a_view_whose_first_answer_was_lost_keeps_its_topic(world: JobWorld, sql: Sql, clause: str) -> None:
+    world.coordinators["sql"].repeat("create_sql_job")
+    await sql.run(VIEW.replace("VIEW late", f"VIEW {clause}late"))
+    assert len(await until_rows(sql, "SELECT n FROM late", 10)) == 10
+    await world.until(lambda: _has(world, "late", 10))
+    assert (await sql.run("SHOW VIEWS")).rows[0][2] == "running"
+
+
+async def test_an_insert_whose_first_answer_was_lost_is_one_job(world: JobWorld, sql: Sql) -> None:
+    world.coordinators["sql"].repeat("create_sql_job")
+    status = (await sql.run("INSERT INTO out SELECT n FROM flights")).rows
+    assert [f"job {row[0]}" for row in (await sql.run("SHOW JOBS")).rows] == [status[1][0]]
+
+
+async def test_a_view_that_another_has_made_meanwhile_leaves_no_topic(world: JobWorld, sql: Sql) -> None:
+    """The name was free when the statement looked; the other's topic has another name."""
+    held = world.coordinators["sql"].hold("create_sql_job")
+    creating = asyncio.create_task(sql.run(VIEW))
+    await world.until(lambda: held.requests)
+    await world.create("SELECT n FROM flights", "out", name="late", kind="view")
+    held.release()
+    with pytest.raises(JobExists):
+        await creating
+    assert not world.cluster.has_topic("late")
+    assert world.cluster.has_topic("out")
+
+
+async def test_a_drop_whose_first_answer_was_lost_deletes_the_topic(world: JobWorld, sql: Sql) -> None:
+    await sql.run(VIEW)
+    world.coordinators["sql"].repeat("drop_sql_job")
+    await sql.run("DROP MATERIALIZED VIEW late")
+    assert not world.cluster.has_topic("late")
+
+
 async def test_a_view_is_asked_of_the_worker_that_holds_it(world: JobWorld, sql: Sql) -> None:
     await sql.run(VIEW)
     await until_rows(sql, "SELECT n FROM late", 10)

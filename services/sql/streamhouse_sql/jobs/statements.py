@@ -157,16 +157,38 @@ class JobStatements:
         try:
             await self._coordinator.create_sql_job(request)
         except StreamHouseError as error:
-            if created is not None and not error.retriable:  # else the job may be there
-                with contextlib.suppress(StreamHouseError):
-                    await self._coordinator.delete_topic(pb.DeleteTopicRequest(topic=created))
-            if isinstance(error, JobExists) and query.if_not_exists:
-                return []
-            raise
+            if not await self._is_created(request, created, error):
+                if isinstance(error, JobExists) and query.if_not_exists:
+                    return []
+                raise
         await self._catalog.refresh()
         self._changed()
         named = [f"job {name}"] if query.kind == "insert" else []
         return [*named, *(f"WARNING: {warning}" for warning in plan.warnings)]
+
+    async def _is_created(
+        self, request: pb.CreateSqlJobRequest, topic_id: bytes | None, error: StreamHouseError
+    ) -> bool:
+        """Returns True if the job is there in spite of the error: the answer to a first try was lost, and the call was
+        repeated. Else takes the topic that was made for the job back, unless a job writes it or may do so."""
+        if error.retriable:  # the job may be there
+            return False
+        if topic_id is None:
+            # No other statement has the random name of an INSERT; another sink of the name may be somebody else's.
+            return isinstance(error, JobExists) and request.kind == "insert"
+        with contextlib.suppress(StreamHouseError):  # else the topic is left
+            writers = [job for job in await self._jobs() if job.output_topic_id == topic_id]
+            if not writers:
+                await self._delete_topic(request.output_topic, topic_id)
+            return any(job.job == request.job for job in writers)
+        return False
+
+    async def _delete_topic(self, topic: str, topic_id: bytes) -> None:
+        """Deletes the topic, if it is still the one with the id."""
+        with contextlib.suppress(UnknownTopic):
+            found = await self._coordinator.describe_topic(pb.DescribeTopicRequest(topic=topic))
+            if found.topic.topic_id == topic_id:
+                await self._coordinator.delete_topic(pb.DeleteTopicRequest(topic=topic))
 
     async def _planned(self, query: ContinuousQuery) -> tuple[JobPlan, list[TableDefinition]]:
         """Returns the program, and the declared tables that the query names."""
@@ -207,21 +229,20 @@ class JobStatements:
             raise InvalidStatement(f"the query reads topic {topic!r}, which it is to write: it would never end")
         return topic
 
-    async def _create_topic(self, name: str, plan: JobPlan) -> str:
-        """Creates the topic of a view, with as many partitions as the largest input. Returns its name."""
+    async def _create_topic(self, name: str, plan: JobPlan) -> bytes:
+        """Creates the topic of a view, with as many partitions as the largest input. Returns its id."""
         topics = self._catalog.topics()
         partitions = max((topics.get(source.topic, 1) for source in plan.inputs), default=1)
         # What a job has written must not be lost below its checkpoint, and a take-over must know at once what is there.
         request = pb.CreateTopicRequest(topic=name, partitions=partitions, min_acks=ACKS_DURABLE)
         try:
-            await self._coordinator.create_topic(request)
+            return (await self._coordinator.create_topic(request)).topic_id
         except TopicExists as error:
             raise TopicExists(
                 f"topic {name!r} exists already, and the changes of the view would go to a topic of its name: give the "
                 "view another one",
                 topic=name,
             ) from error
-        return name
 
     # ---- the others
 
@@ -239,16 +260,15 @@ class JobStatements:
     async def _drop(self, statement: DropJob) -> None:
         try:
             job = await self._find(statement.kind, statement.name)
-            await self._coordinator.drop_sql_job(pb.DropSqlJobRequest(job=job.job))
         except UnknownJob:
             if statement.if_exists:
                 return
             raise
+        # It was there a moment ago: the answer to a first try was lost, or another statement has dropped it.
+        with contextlib.suppress(UnknownJob):
+            await self._coordinator.drop_sql_job(pb.DropSqlJobRequest(job=job.job))
         if job.kind == "view":  # which made the topic
-            with contextlib.suppress(UnknownTopic):
-                found = await self._coordinator.describe_topic(pb.DescribeTopicRequest(topic=job.output_topic))
-                if found.topic.topic_id == job.output_topic_id:
-                    await self._coordinator.delete_topic(pb.DeleteTopicRequest(topic=job.output_topic))
+            await self._delete_topic(job.output_topic, job.output_topic_id)
             await self._catalog.refresh()
 
     def _shown(self, jobs: Sequence[pb.SqlJobInfo]) -> Any:
