@@ -38,7 +38,7 @@ from streamhouse_sql.arrow import to_stream
 from streamhouse_sql.catalog import Catalog
 from streamhouse_sql.core.continuous.model import JobPlan
 from streamhouse_sql.core.continuous.statements import ContinuousQuery
-from streamhouse_sql.jobs.encode import OP, json_of, kinds_of_changes, whole
+from streamhouse_sql.jobs.encode import OP, check_no_sign, json_of, kinds_of_changes, whole
 from streamhouse_sql.jobs.gather import Gather, Gathered, GatherLimits
 from streamhouse_sql.jobs.micro_batch import InputPosition
 from streamhouse_sql.pipeline import Pipeline, plan_job
@@ -216,8 +216,8 @@ class _Run:
         except InvalidStatement:
             await catalog.refresh()
             plan = await planned()
-        if OP in (name.lower() for name, _ in plan.output_columns):
-            raise InvalidStatement(f"column {OP} is the kind of a change: name yours another way, … AS name", clause=OP)
+        if problem := check_no_sign([name for name, _ in plan.output_columns]):
+            raise InvalidStatement(problem, clause=OP)
         return plan
 
     def _places(self, plan: JobPlan) -> dict[str, InputPosition]:

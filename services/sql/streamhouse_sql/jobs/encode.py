@@ -66,10 +66,14 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes results with these columns, in an instance of its own. Its calls block."""
+    """Encodes results with these columns, in an instance of its own; of a changelog a first column is the sign. Its
+    calls block."""
 
-    def __init__(self, columns: Sequence[str], key_columns: Sequence[str], engine: Engine) -> None:
+    def __init__(
+        self, columns: Sequence[str], key_columns: Sequence[str], engine: Engine, *, is_changelog: bool
+    ) -> None:
         self._engine = engine
+        self._is_changelog = is_changelog
         value = next((name for name in columns if name in VALUE_COLUMNS), None)
         key = next((name for name in columns if name in KEY_COLUMNS), None)
         fields = [name for name in columns if name not in (value, key)]
@@ -85,8 +89,8 @@ class Encoder:
         table = pa.Table.from_batches(list(batches), schema=schema)
         keys = whole(table.column("key")) if self._has_key else None
         ops = None
-        if OP in rows.column_names:
-            ops = kinds_of_changes(rows.column(OP).to_numpy(), keys)
+        if self._is_changelog:
+            ops = kinds_of_changes(rows.column(0).to_numpy(), keys)
         return Encoded(values=whole(table.column("value")), keys=keys, ops=ops)
 
     def close(self) -> None:
@@ -94,8 +98,17 @@ class Encoder:
         self._engine.close()
 
 
+def check_no_sign(columns: Sequence[str]) -> str:
+    """Returns the reason for which a result cannot show its changes, by its columns; an empty text if it can."""
+    if any(name.lower() == OP for name in columns):
+        return f"column {OP} is the kind of a change: name yours another way, … AS name"
+    return ""
+
+
 def check_columns(columns: Sequence[str]) -> str:
     """Returns the reason for which a result's columns make no record, by their names; an empty text if they do."""
+    if problem := check_no_sign(columns):
+        return problem
     value = [name for name in columns if name in VALUE_COLUMNS]
     key = [name for name in columns if name in KEY_COLUMNS]
     if len(value) > 1 or len(key) > 1:

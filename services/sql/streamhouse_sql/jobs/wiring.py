@@ -72,7 +72,7 @@ def build_worker(
         return PlannedJob(
             plan=plan,
             new_pipeline=lambda: Pipeline(plan, Duck(limits)),
-            new_encoder=lambda: Encoder(columns, plan.key_columns, Duck(encoding)),
+            new_encoder=lambda: Encoder(columns, plan.key_columns, Duck(encoding), is_changelog=plan.is_changelog),
         )
 
     def new_writer(job: coordinator_pb2.SqlJobInfo, partition: int) -> SequencedWriter:
