@@ -96,18 +96,17 @@ class RequestRules:
         InvalidArgument."""
         if header.producer is not None:
             self.check_producer_id(header.producer.producer_id)
-        if not sequenced and header.producer is not None and header.producer.producer_epoch > FIRST_EPOCH:
+        epoch = None if header.producer is None else header.producer.producer_epoch
+        if not sequenced and epoch is not None and epoch > FIRST_EPOCH:
             # Without a fence: its first fence would answer that it has written nothing, and all would be written again.
-            epoch = header.producer.producer_epoch
             raise InvalidArgument(
-                f"producer_epoch is {epoch}, must be {FIRST_EPOCH} in field batch: a producer with an epoch of at least "
-                f"{FIRST_EPOCH + 1} fences, and sends sequenced_batch",
+                f"producer_epoch is {epoch}, must be {FIRST_EPOCH} in field batch: a producer with an epoch from "
+                f"{FIRST_EPOCH + 1} on fences, and sends sequenced_batch",
                 field="producer_epoch",
                 value=epoch,
                 limit=FIRST_EPOCH,
             )
-        if sequenced and (header.producer is None or header.producer.producer_epoch <= FIRST_EPOCH):
-            epoch = None if header.producer is None else header.producer.producer_epoch
+        if sequenced and (epoch is None or epoch <= FIRST_EPOCH):
             raise InvalidArgument(
                 f"a sequenced_batch needs a producer id and an epoch of at least {FIRST_EPOCH + 1}, got epoch {epoch}",
                 field="sequenced_batch",
