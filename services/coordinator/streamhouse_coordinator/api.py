@@ -127,7 +127,7 @@ class CoordinatorApi:
         return messages.sql_job_info(view)
 
     async def list_sql_jobs(self, request: pb.ListSqlJobsRequest) -> pb.ListSqlJobsResponse:
-        views = await sql_jobs.list_sql_jobs(self._clients)
+        views = await sql_jobs.list_sql_jobs(self._clients, request.job)
         return pb.ListSqlJobsResponse(jobs=[messages.sql_job_info(view) for view in views])
 
     async def alter_sql_job(self, request: pb.AlterSqlJobRequest) -> pb.SqlJobInfo:

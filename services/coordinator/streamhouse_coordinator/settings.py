@@ -148,7 +148,7 @@ class CoordinatorSettings(CommonSettings):
         10_000, ge=1, le=1_000_000, description="topics in all; the query index holds them in memory"
     )
     sql_jobs_max: int = Field(
-        1_000, ge=1, le=100_000, description="continuous queries; each writes some rows a second to PostgreSQL"
+        1_000, ge=1, le=10_000, description="continuous queries; each writes some rows a second to PostgreSQL"
     )
     named_producers_max: int = Field(
         10_000, ge=1, le=1_000_000, description="producers that have a name: some 100 bytes each, until deleted"

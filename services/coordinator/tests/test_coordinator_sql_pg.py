@@ -1,6 +1,7 @@
 """Tables and continuous queries of SQL, against a real PostgreSQL."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from shproto.v1 import coordinator_pb2 as pb
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.core import sql_jobs
 from streamhouse_coordinator.core.tables import SqlJobLeaseRow, SqlJobRow
+from streamhouse_coordinator.service import sql_jobs as service_sql_jobs
 from streamhouse_coordinator.wiring import CoordinatorService
 
 TEXT = "CREATE TABLE flights (carrier TEXT) WITH (topic='flights')"
@@ -341,23 +343,80 @@ def test_a_journal_that_no_checkpoint_shortens_is_refused(full: dict[str, int]) 
     assert isinstance(sql_jobs.check_entry(asked, held, "s"), Overloaded)
 
 
-def test_journals_that_fill_a_message_are_granted_one_by_one() -> None:
-    rows = [
-        SqlJobRow(
-            job=name,
-            job_id=name,
-            kind="insert",
-            statement="",
-            output_topic="out",
-            output_topic_id="",
-            producer_id=1,
-            state="running",
-            reason="",
-            created_ms=0,
-            definitions="[]",
-        )
-        for name in "abc"
-    ]
-    leases = {row.job_id: lease(job_id=row.job_id, session_id="", journal_bytes=60) for row in rows}
-    claims = sql_jobs.claims("s", {}, {"s"}, rows, leases, journal_bytes_max=100)
+def job_rows(**changes: str) -> list[SqlJobRow]:
+    values: dict[str, Any] = {
+        "kind": "insert",
+        "statement": "",
+        "output_topic": "out",
+        "output_topic_id": "",
+        "producer_id": 1,
+        "state": "running",
+        "reason": "",
+        "created_ms": 0,
+        "definitions": "[]",
+    }
+    return [SqlJobRow(job=name, job_id=name, **(values | changes)) for name in "abc"]
+
+
+@pytest.mark.parametrize(
+    ("journal_bytes", "checkpoint_bytes", "texts"),
+    [
+        (6_000, 0, {}),
+        (0, 6_000, {}),
+        (0, 0, {"statement": "ä" * 3_000}),
+        (0, 0, {"definitions": "x" * 6_000}),
+        (0, 0, {"reason": "x" * 6_000}),
+    ],
+)
+def test_jobs_that_fill_a_message_are_granted_one_by_one(
+    journal_bytes: int, checkpoint_bytes: int, texts: dict[str, str]
+) -> None:
+    rows = job_rows(**texts)
+    leases = {row.job_id: lease(job_id=row.job_id, session_id="", journal_bytes=journal_bytes) for row in rows}
+    checkpoints = {row.job_id: checkpoint_bytes for row in rows}
+    claims = sql_jobs.claims("s", {}, {"s"}, rows, leases, checkpoints, bytes_max=10_000)
     assert [granted.job_id for granted in claims.granted] == ["a"]
+    assert len(sql_jobs.claims("s", {}, {"s"}, rows, leases, checkpoints, bytes_max=30_000).granted) == 3
+
+
+def test_a_list_of_jobs_fits_into_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = job_rows(statement="SELECT 'äöü'" * 100, reason="away", definitions='["x"]')
+    assert sql_jobs.listed(rows) == [replace(row, definitions="[]") for row in rows]
+    monkeypatch.setattr(sql_jobs, "LISTED_BYTES_MAX", 600)
+    for row in sql_jobs.listed(rows):
+        assert len(row.statement.encode()) <= 100
+        assert row.statement.startswith("SELECT 'äöü'SELECT")
+        assert row.statement.endswith("…")
+        assert row.reason == "away"
+
+
+async def test_workers_are_told_of_large_checkpoints_in_several_answers(
+    with_topic: CoordinatorApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_sql_jobs, "GRANTED_BYTES_MAX", 500_000)
+    first = await Worker(with_topic, "w1").open()
+    for name in ("one", "two"):
+        await create_job(with_topic, name)
+    for grant in (await first.claim()).granted:
+        await first.append(grant.job, 1)
+        await first.store(grant.job, 1, b"c" * 400_000)
+    await first.close()
+    second = await Worker(with_topic, "w2").open()
+    assert [[grant.job.job for grant in (await second.claim()).granted] for _ in range(3)] == [["one"], ["two"], []]
+
+
+async def test_a_job_is_looked_up_by_its_name(with_topic: CoordinatorApi) -> None:
+    await create_job(with_topic)
+    (listed,) = (await with_topic.list_sql_jobs(pb.ListSqlJobsRequest())).jobs
+    (found,) = (await with_topic.list_sql_jobs(pb.ListSqlJobsRequest(job="copy"))).jobs
+    assert (list(listed.definitions), list(found.definitions)) == ([], [TEXT])
+    assert (listed.statement, listed.job_id) == (found.statement, found.job_id)
+    assert not (await with_topic.list_sql_jobs(pb.ListSqlJobsRequest(job="none"))).jobs
+
+
+async def test_the_texts_of_a_job_have_a_limit_together(with_topic: CoordinatorApi) -> None:
+    request = pb.CreateSqlJobRequest(job="j", kind="insert", statement="x", output_topic="out")
+    request.definitions.extend(["x" * 256 * 1024] * 4)
+    with pytest.raises(InvalidArgument, match="1048577 bytes together") as refused:
+        await with_topic.create_sql_job(request)
+    assert refused.value.details["field"] == "definitions"

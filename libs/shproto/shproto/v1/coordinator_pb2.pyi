@@ -2953,12 +2953,19 @@ Global___CreateSqlJobRequest: _TypeAlias = CreateSqlJobRequest  # noqa: Y015
 class ListSqlJobsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    JOB_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """The job of this name, with its definitions; no job if there is none. Empty: all jobs, by name, without definitions; if
+    statements and reasons have more than 32 MiB together, long ones are cut, and end in "…".
+    """
     def __init__(
         self,
+        *,
+        job: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

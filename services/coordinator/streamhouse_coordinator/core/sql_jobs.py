@@ -36,8 +36,14 @@ JOURNAL_ENTRIES_MAX = 10_000
 # The next holder gets the journal in one message; a quarter of the largest.
 JOURNAL_BYTES_MAX = 16 * 1024 * 1024
 REASON_CHARS_MAX = 4_000
-# Tables that a query names: each may have 256 Ki characters.
 DEFINITIONS_MAX = 20
+# Statement and definitions of a job: workers and coordinators read those of all jobs.
+TEXTS_BYTES_MAX = 1024 * 1024
+# Statements and reasons in a list of all jobs: half of a message. Names and numbers of 10,000 jobs fit into the rest.
+LISTED_BYTES_MAX = 32 * 1024 * 1024
+# What a message has around an entry of a journal: number, epoch, lengths.
+_ENTRY_EXTRA_BYTES = 32
+_JOB_EXTRA_BYTES = 2_000  # names, ids and numbers
 RESTORED = (
     "the metadata was restored from a backup, which does not say how far the job has come: drop the job, and create it "
     "again with an output topic of its own"
@@ -62,6 +68,14 @@ def check_create(job: str, kind: str, statement: str, output_topic: str, definit
         )
     for definition in definitions:
         check_text("definitions", definition, DEFINITION_CHARS_MAX)
+    size_bytes = _size_bytes(statement, *definitions)
+    if size_bytes > TEXTS_BYTES_MAX:
+        raise InvalidArgument(
+            f"statement and definitions have {size_bytes} bytes together, the limit is {TEXTS_BYTES_MAX}",
+            field="definitions",
+            value=size_bytes,
+            limit=TEXTS_BYTES_MAX,
+        )
 
 
 def create(
@@ -113,6 +127,29 @@ def lose(row: SqlJobRow, now_ms: int) -> SqlJobAltered:
     return _altered(row, LOST, RESTORED, now_ms)
 
 
+def listed(rows: Sequence[SqlJobRow]) -> list[SqlJobRow]:
+    """Returns jobs as a list shows them, so that all fit into a message: without definitions; long statements and
+    reasons are cut if they are too many."""
+    size_bytes = sum(_size_bytes(row.statement, row.reason) for row in rows)
+    limit = None if size_bytes <= LISTED_BYTES_MAX else LISTED_BYTES_MAX // (2 * len(rows))
+    return [
+        replace(row, definitions="[]", statement=_cut(row.statement, limit), reason=_cut(row.reason, limit))
+        for row in rows
+    ]
+
+
+def _cut(text: str, bytes_max: int | None) -> str:
+    data = text.encode()
+    if bytes_max is None or len(data) <= bytes_max:
+        return text
+    more = "…"
+    return data[: bytes_max - len(more.encode())].decode(errors="ignore") + more
+
+
+def _size_bytes(*texts: str) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
 def _altered(row: SqlJobRow, state: str, reason: str, now_ms: int) -> SqlJobAltered:
     return SqlJobAltered(
         job_id=row.job_id, job=row.job, state=state, reason=reason[:REASON_CHARS_MAX], altered_ms=now_ms
@@ -141,14 +178,15 @@ def claims(
     workers: Collection[str],
     jobs: Sequence[SqlJobRow],
     leases: Mapping[str, SqlJobLeaseRow],
+    checkpoint_bytes: Mapping[str, int],
     *,
-    journal_bytes_max: int,
+    bytes_max: int,
 ) -> Claims:
     """Returns the jobs that a worker has to stop, and those that it gets: running ones without a live holder, up to its
-    fair share, and up to `journal_bytes_max` of journals but at least one job.
+    fair share, and up to `bytes_max` of what it is told of them but at least one job.
 
     `held`: epochs by id of the jobs that the worker runs. `workers`: sessions of all live workers, `session_id` among
-    them; `leases` by job id, also of sessions that ended.
+    them; `leases` by job id, also of sessions that ended; `checkpoint_bytes`: sizes of checkpoints by job id.
     """
     running = [job for job in jobs if job.state == RUNNING]
     share = -(-len(running) // max(1, len(workers)))
@@ -167,18 +205,25 @@ def claims(
             mine.append(job_id)
     stop += [(job_id, held[job_id], MOVING) for job_id in mine[share:]]
     granted: list[SqlJobLeaseRow] = []
-    room_bytes = journal_bytes_max
+    room_bytes = bytes_max
     for job in running:
         if len(mine) + len(granted) >= share:
             break
         lease = leases.get(job.job_id, SqlJobLeaseRow(job_id=job.job_id, session_id="", epoch=0))
         if job.job_id in mine or (lease.session_id in workers and lease.session_id != session_id):
             continue
-        room_bytes -= lease.journal_bytes
+        room_bytes -= _grant_bytes(job, lease) + checkpoint_bytes.get(job.job_id, 0)
         if granted and room_bytes < 0:
             break
         granted.append(replace(lease, session_id=session_id, epoch=lease.epoch + 1))
     return Claims(granted=granted, stop=stop)
+
+
+def _grant_bytes(job: SqlJobRow, lease: SqlJobLeaseRow) -> int:
+    """Returns the size of a grant without the checkpoint, rather too high than too low."""
+    entries = lease.journal_number - lease.checkpoint_number
+    texts_bytes = _size_bytes(job.statement, job.reason, job.definitions)
+    return _JOB_EXTRA_BYTES + texts_bytes + lease.journal_bytes + entries * _ENTRY_EXTRA_BYTES
 
 
 def is_holder(lease: SqlJobLeaseRow | None, session_id: str, epoch: int) -> bool:

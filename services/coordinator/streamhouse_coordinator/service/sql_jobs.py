@@ -20,7 +20,8 @@ from streamhouse_coordinator.ports import Above, In, Transaction, where
 from streamhouse_coordinator.service.common import Context, live_session, topic_named
 from streamhouse_coordinator.service.sql_tables import SQL_LOCK
 
-# Journals of the jobs that a worker gets at a time: with the checkpoints beside them half of a message.
+# Journals, checkpoints and texts of the jobs that a worker gets at a time. The rest of a message is for a single job
+# that is larger, and for what journals grow by before their holders are replaced.
 GRANTED_BYTES_MAX = 16 * 1024 * 1024
 
 
@@ -92,11 +93,14 @@ async def create_sql_job(
     return await context.store.run(work, lock=SQL_LOCK)
 
 
-async def list_sql_jobs(context: Context) -> list[JobView]:
-    """Returns all jobs, by name."""
+async def list_sql_jobs(context: Context, job: str = "") -> list[JobView]:
+    """Returns the job of a name with its definitions, if there is one; without a name all jobs, by name, as a list
+    shows them."""
 
     async def work(tx: Transaction) -> list[JobView]:
-        return await _views(tx, await tx.select(t.SQL_JOBS, order=("job",)))
+        if job:
+            return await _views(tx, await tx.select(t.SQL_JOBS, where(job=job)))
+        return await _views(tx, sql_jobs.listed(await tx.select(t.SQL_JOBS, order=("job",))))
 
     return await context.store.run(work)
 
@@ -153,6 +157,7 @@ async def claim_sql_jobs(
         jobs = await tx.select(t.SQL_JOBS, order=("created_ms", "job"))
         # Only the holder of the SQL lock changes holders and epochs; journals grow meanwhile, and are read below.
         leases = {row.job_id: row for row in await tx.select(t.SQL_JOB_LEASES)}
+        sizes = await tx.totals(t.SQL_CHECKPOINTS, where(), by=("job_id",), sums=("checkpoint",))
         gone = [key for key, epoch in released.items() if sql_jobs.is_holder(leases.get(key), session_id, epoch)]
         claims = sql_jobs.claims(
             session_id,
@@ -160,7 +165,8 @@ async def claim_sql_jobs(
             await _live_workers(tx),
             [] if is_leaving else [row for row in jobs if row.job_id in leases and row.job_id not in gone],
             leases,
-            journal_bytes_max=GRANTED_BYTES_MAX,
+            {size.group[0]: size.sums[0] for size in sizes},
+            bytes_max=GRANTED_BYTES_MAX,
         )
         reported = [key for key in progress if sql_jobs.is_holder(leases.get(key), session_id, held.get(key, 0))]
         granted = [row.job_id for row in claims.granted]

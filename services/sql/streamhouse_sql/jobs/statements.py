@@ -119,11 +119,12 @@ class JobStatements:
         self._changed()
         return _status([tag_of(statement)])
 
-    async def _jobs(self) -> Sequence[pb.SqlJobInfo]:
-        return (await self._coordinator.list_sql_jobs(pb.ListSqlJobsRequest())).jobs
+    async def _jobs(self, job: str = "") -> Sequence[pb.SqlJobInfo]:
+        """Returns all jobs, or the one of a name if there is one."""
+        return (await self._coordinator.list_sql_jobs(pb.ListSqlJobsRequest(job=job))).jobs
 
     async def _find(self, kind: str, name: str) -> pb.SqlJobInfo:
-        job = next((job for job in await self._jobs() if job.job == name.lower()), None)
+        job = next((job for job in await self._jobs(name.lower()) if job.job == name.lower()), None)
         if job is None:
             raise UnknownJob(f"there is no {_TAGS[kind].lower()} {name!r}; SHOW JOBS lists all", job=name)
         if kind not in ("job", job.kind):

@@ -95,7 +95,11 @@ class Views:
         jobs = {job.job: job for job in listed.jobs if job.kind == "view"}
         for job in jobs.values():
             if job.job_id not in self._columns:
-                self._columns[job.job_id] = await self._planned(job)
+                # Lists are without definitions.
+                found = await self._coordinator.list_sql_jobs(pb.ListSqlJobsRequest(job=job.job))
+                for whole in found.jobs:  # none if it was dropped meanwhile, another one if it was made anew
+                    self._columns[whole.job_id] = await self._planned(whole)
+        jobs = {name: job for name, job in jobs.items() if job.job_id in self._columns}
         self._jobs = jobs
         for gone in self._columns.keys() - {job.job_id for job in jobs.values()}:
             del self._columns[gone]
