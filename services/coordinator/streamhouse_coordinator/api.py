@@ -137,7 +137,7 @@ class CoordinatorApi:
         return pb.DropSqlJobResponse(job_id=await sql_jobs.drop_sql_job(self._clients, request.job))
 
     async def claim_sql_jobs(self, request: pb.ClaimSqlJobsRequest) -> pb.ClaimSqlJobsResponse:
-        for field, jobs in (("held", request.held), ("released", request.released)):
+        for field, jobs in (("held", request.held), ("released", request.released), ("ended", request.ended)):
             messages.check_count(field, jobs, SQL_JOBS_PER_CALL_MAX)
         claimed = await sql_jobs.claim_sql_jobs(
             self._context,
@@ -145,6 +145,7 @@ class CoordinatorApi:
             {hold.job_id: hold.epoch for hold in request.held},
             messages.sql_job_progress(request.held),
             {hold.job_id: hold.epoch for hold in request.released},
+            {hold.job_id: hold.epoch for hold in request.ended},
             request.is_leaving,
         )
         return pb.ClaimSqlJobsResponse(

@@ -351,7 +351,12 @@ def sql_job_info(view: JobView) -> pb.SqlJobInfo:
 def sql_job_grant(grant: JobGrant) -> pb.SqlJobGrant:
     """Returns the message of a job that a worker took over."""
     entries = [pb.SqlJournalEntry(number=row.number, entry=row.entry, epoch=row.epoch) for row in grant.journal]
-    return pb.SqlJobGrant(job=sql_job_info(grant.view), checkpoint=grant.checkpoint, journal=entries)
+    return pb.SqlJobGrant(
+        job=sql_job_info(grant.view),
+        checkpoint=grant.checkpoint,
+        journal=entries,
+        ended_epoch=grant.view.lease.ended_epoch,
+    )
 
 
 def sql_job_progress(held: Iterable[pb.SqlJobHold]) -> dict[str, Progress]:

@@ -32,6 +32,7 @@ SHA256 = {
     "0014_producer_fences": "9a9bb27849542c5149f9117571dd8d3ac813188fc66152c81b4478b0598dc659",
     "0015_sql_job_definitions": "f57b40dd114ead7aeed26db3fc08768024c53ab8e3db91c8595a9e381ba64450",
     "0016_named_producers": "16a5d9dc94debd23d597ba91159e905f9151b70ea6b32328c89774b5b98460c2",
+    "0017_ended_epochs": "ef6c2a5e285f87b14eb521afbe7a50b93964eb8ece901d27d4591232636733d6",
 }
 
 # Two were changed before this test was there. Databases that have them as they were are brought to the same tables.

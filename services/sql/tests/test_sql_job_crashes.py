@@ -4,9 +4,12 @@ Quotes docs/sql-guarantees.md: the output topic holds exactly the rows that runn
 in order, gives, whatever dies when.
 """
 
+import uuid
 from pathlib import Path
 
 import pytest
+from shproto.v1 import coordinator_pb2 as pb
+from streamhouse_sql.jobs.takeover import CRASHES_MAX
 
 from services.sql.tests.crash_points import AFTER, BEFORE, CrashPoint
 from services.sql.tests.job_world import JobWorld, by_number, job_world
@@ -115,3 +118,29 @@ async def test_a_worker_that_takes_over_dies_too(tmp_path: Path, operation: str,
         await die_at(world, operation, when, nth)
         await world.start_worker()
         await check(world, RECORDS + 90)
+
+
+@pytest.mark.long
+async def test_a_job_that_was_given_up_after_crashes_is_tried_again_once_it_is_resumed(tmp_path: Path) -> None:
+    """Its state and place stay: RESUME goes on with them, however many workers have died."""
+    async with job_world(tmp_path) as world:
+        await begin(world)
+        await die_at(world, "coordinator.append_sql_journal", AFTER, 1)
+        api = world.cluster.service.api
+        asked = pb.OpenSessionRequest(
+            role="sql", agent_id="dies", address="127.0.0.1:2", session_token=str(uuid.uuid4())
+        )
+        token = (await api.open_session(asked)).session_token
+        for _ in range(CRASHES_MAX):
+            # Granted, and not held in the next call: as of a process that starts anew again and again.
+            assert (await api.claim_sql_jobs(pb.ClaimSqlJobsRequest(session_token=token))).granted
+        await api.close_session(pb.CloseSessionRequest(session_token=token))
+        await world.start_worker()
+
+        async def has_failed() -> bool:
+            return (await world.job()).state == "failed"
+
+        await world.until(has_failed)
+        assert "memory is short" in (await world.job()).reason
+        await api.alter_sql_job(pb.AlterSqlJobRequest(job="job", state="running"))
+        await check(world, RECORDS)

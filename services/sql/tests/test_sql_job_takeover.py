@@ -10,6 +10,7 @@ from shproto.errors import DataLoss, InvalidArgument
 from streamhouse_sql.jobs.micro_batch import Checkpoint, InputPosition, MicroBatch, ReadRange, StateObject, advanced
 from streamhouse_sql.jobs.takeover import (
     CRASHES_MAX,
+    CrashLimit,
     check_replayed,
     epoch_of,
     object_key,
@@ -152,9 +153,13 @@ def test_another_program_does_not_run_what_was_begun() -> None:
 def test_workers_that_end_in_the_same_place_again_and_again_stop_the_job() -> None:
     history = History([1])
     epoch = CRASHES_MAX + 2
-    with pytest.raises(InvalidArgument, match="memory"):
+    with pytest.raises(CrashLimit, match="memory"):
         take_over(history.checkpoint(0), history.batches, (0, 0), fingerprint=PLAN, epoch=epoch, journal_epoch=1)
     take_over(history.checkpoint(0), history.batches, (0, 0), fingerprint=PLAN, epoch=epoch, journal_epoch=2)
+    # One of them ended with an error, or the job was resumed: crashes are counted from there.
+    take_over(
+        history.checkpoint(0), history.batches, (0, 0), fingerprint=PLAN, epoch=epoch, journal_epoch=1, ended_epoch=2
+    )
 
 
 def test_micro_batches_without_a_checkpoint_are_a_loss() -> None:

@@ -3122,6 +3122,7 @@ class ClaimSqlJobsRequest(_message.Message):
     HELD_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
     IS_LEAVING_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
     session_token: _builtins.str
     is_leaving: _builtins.bool
     """grant nothing"""
@@ -3131,6 +3132,10 @@ class ClaimSqlJobsRequest(_message.Message):
     def released(self) -> _containers.RepeatedCompositeFieldContainer[Global___SqlJobHold]:
         """stopped by the worker: others may have them"""
 
+    @_builtins.property
+    def ended(self) -> _containers.RepeatedCompositeFieldContainer[Global___SqlJobHold]:
+        """runs that ended with an error and are to be tried again: no crashes"""
+
     def __init__(
         self,
         *,
@@ -3138,10 +3143,11 @@ class ClaimSqlJobsRequest(_message.Message):
         held: _abc.Iterable[Global___SqlJobHold] | None = ...,
         released: _abc.Iterable[Global___SqlJobHold] | None = ...,
         is_leaving: _builtins.bool = ...,
+        ended: _abc.Iterable[Global___SqlJobHold] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "is_leaving", b"is_leaving", "released", b"released", "session_token", b"session_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "held", b"held", "is_leaving", b"is_leaving", "released", b"released", "session_token", b"session_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -3154,8 +3160,11 @@ class SqlJobGrant(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     JOURNAL_FIELD_NUMBER: _builtins.int
+    ENDED_EPOCH_FIELD_NUMBER: _builtins.int
     checkpoint: _builtins.bytes
     """as the worker encodes it; empty: none yet"""
+    ended_epoch: _builtins.int
+    """newest that ended with an error, or was paused or resumed: later ones crashed"""
     @_builtins.property
     def job(self) -> Global___SqlJobInfo: ...
     @_builtins.property
@@ -3168,10 +3177,11 @@ class SqlJobGrant(_message.Message):
         job: Global___SqlJobInfo | None = ...,
         checkpoint: _builtins.bytes = ...,
         journal: _abc.Iterable[Global___SqlJournalEntry] | None = ...,
+        ended_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "job", b"job", "journal", b"journal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "ended_epoch", b"ended_epoch", "job", b"job", "journal", b"journal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

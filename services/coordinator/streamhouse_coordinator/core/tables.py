@@ -233,7 +233,8 @@ class SqlJobRow:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SqlJobLeaseRow:
     """Hold of a worker's session on a job, until the session ends (empty: none). `epoch` only grows, one with every new
-    holder: it is the producer epoch of what the holder writes. The numbers are those of the last micro-batch in the
+    holder: it is the producer epoch of what the holder writes. `ended_epoch` is the newest whose holder said that it
+    ended with an error, or that was paused or resumed, 0: none. The numbers are those of the last micro-batch in the
     journal and of the last that a checkpoint covers; `journal_bytes` is the size of the entries between. The rest was
     reported by the holder at `reported_ms`, 0: nothing yet."""
 
@@ -247,6 +248,7 @@ class SqlJobLeaseRow:
     watermark_us: int | None = None
     state_bytes: int = 0
     reported_ms: int = 0
+    ended_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

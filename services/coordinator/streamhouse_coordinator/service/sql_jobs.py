@@ -143,11 +143,12 @@ async def claim_sql_jobs(
     held: Mapping[str, int],
     progress: Mapping[str, Progress],
     released: Mapping[str, int],
+    ended: Mapping[str, int],
     is_leaving: bool,
 ) -> ClaimedJobs:
     """Gives a worker its share of the jobs that no live worker holds. Returns those, and the jobs that it has to stop.
-    `held`, `released`: epochs by job id; `progress` by job id, of held ones. Raises SessionExpired,
-    InvalidArgument."""
+    `held`, `released`, `ended`: epochs by job id, the last of runs that ended with an error; `progress` by job id, of
+    held ones. Raises SessionExpired, InvalidArgument."""
 
     async def work(tx: Transaction) -> ClaimedJobs:
         session = await live_session(tx, session_id)
@@ -168,12 +169,14 @@ async def claim_sql_jobs(
             {size.group[0]: size.sums[0] for size in sizes},
             bytes_max=GRANTED_BYTES_MAX,
         )
+        errors = [key for key, epoch in ended.items() if sql_jobs.is_holder(leases.get(key), session_id, epoch)]
         reported = [key for key in progress if sql_jobs.is_holder(leases.get(key), session_id, held.get(key, 0))]
         granted = [row.job_id for row in claims.granted]
-        if changed := {*gone, *granted, *reported}:
+        if changed := {*gone, *errors, *granted, *reported}:
             await tx.select(t.SQL_JOB_LEASES, where(job_id=In(sorted(changed))), lock="wait")
         now_ms = await tx.now_ms()
         ops: list[RowOp] = [Set(t.SQL_JOB_LEASES, (key,), {"session_id": ""}) for key in sorted(gone)]
+        ops += [Set(t.SQL_JOB_LEASES, (key,), {"ended_epoch": ended[key]}) for key in sorted(errors)]
         ops += [
             Set(t.SQL_JOB_LEASES, (row.job_id,), {"session_id": session_id, "epoch": row.epoch})
             for row in sorted(claims.granted, key=lambda row: row.job_id)
@@ -265,8 +268,8 @@ async def _hold(tx: Transaction, job_id: str, session_id: str, epoch: int) -> t.
 
 async def _release(tx: Transaction, job_ids: Sequence[str]) -> None:
     """Takes jobs from their holders; the epochs stay, so that those of the next holders are higher."""
-    await tx.select(t.SQL_JOB_LEASES, where(job_id=In(job_ids)), lock="wait")
-    await tx.apply([Set(t.SQL_JOB_LEASES, (job_id,), {"session_id": ""}) for job_id in job_ids])
+    rows = await tx.select(t.SQL_JOB_LEASES, where(job_id=In(job_ids)), order=("job_id",), lock="wait")
+    await tx.apply([Set(t.SQL_JOB_LEASES, (row.job_id,), {"session_id": "", "ended_epoch": row.epoch}) for row in rows])
 
 
 async def _live_workers(tx: Transaction) -> set[str]:

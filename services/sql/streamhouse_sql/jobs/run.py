@@ -218,6 +218,7 @@ class JobRun:
             fingerprint=self._planned.plan.fingerprint,
             epoch=job.epoch,
             journal_epoch=max((item.epoch for item in grant.journal), default=0),
+            ended_epoch=grant.ended_epoch,
         )
         self._output.begin(plan.sequences_in(len(written)))
         self._takeover = plan

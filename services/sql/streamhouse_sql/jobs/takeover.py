@@ -20,6 +20,10 @@ from streamhouse_sql.jobs.micro_batch import Checkpoint, MicroBatch, StateObject
 CRASHES_MAX = 20
 
 
+class CrashLimit(InvalidArgument):
+    """Workers died in the same micro-batches again and again; a job that is resumed is tried anew."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Takeover:
     """Plan of a takeover. `restore`: objects with the state. `replay`: micro-batches to run with the boundaries that
@@ -44,13 +48,14 @@ def take_over(
     fingerprint: str,
     epoch: int,
     journal_epoch: int,
+    ended_epoch: int = 0,
 ) -> Takeover:
     """Returns how to go on. `written`: next sequence per output partition, by the fences. `journal_epoch`: of the
-    newest entry, 0 without.
+    newest entry, 0 without. `ended_epoch`: newest that did not crash, since it ended with an error or was paused.
 
     Raises DataLoss if the journal has a gap, if micro-batches do not follow the checkpoint, or if the output ends
-    before the checkpoint; InvalidArgument if the journal is of another program, or if workers end in it again and
-    again.
+    before the checkpoint; InvalidArgument if the journal is of another program; CrashLimit if workers end in it again
+    and again.
     """
     number = checkpoint.number if checkpoint is not None else 0
     replay = [batch for batch in journal if batch.number > number]
@@ -62,12 +67,13 @@ def take_over(
     _check_program(replay, fingerprint)
     if checkpoint is not None:
         _check_order(checkpoint, replay)
-    if replay and epoch - journal_epoch > CRASHES_MAX:
-        raise InvalidArgument(
+    crashes = epoch - max(journal_epoch, ended_epoch)
+    if replay and crashes > CRASHES_MAX:
+        raise CrashLimit(
             f"{CRASHES_MAX} workers in a row ended in micro-batches {replay[0].number} to {replay[-1].number} without "
-            "an error of their own, as when memory is short",
+            "an error of their own, as when memory is short, of this job or of another one in the process",
             field="epoch",
-            value=epoch - journal_epoch,
+            value=crashes,
             limit=CRASHES_MAX,
         )
     sequences = checkpoint.sequences if checkpoint is not None else ()

@@ -22,6 +22,7 @@ from shruntime.tasks import cancel_and_wait
 
 from streamhouse_sql import telemetry
 from streamhouse_sql.jobs.run import JobParts, JobRun
+from streamhouse_sql.jobs.takeover import CrashLimit
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ REPORT_MS = 5_000
 # Objects of dropped jobs whose worker was gone are looked for now and then.
 SWEEP_MS = 3_600_000
 # Errors that no later try mends.
-_FINAL = (InvalidStatement, UnknownTopic, DataLoss)
+_FINAL = (InvalidStatement, UnknownTopic, DataLoss, CrashLimit)
 
 
 @dataclass(slots=True)
@@ -61,6 +62,7 @@ class JobWorker:
         self._held: dict[str, _Held] = {}
         self._failures: dict[str, _Failures] = {}
         self._released: dict[str, int] = {}  # epochs of jobs that are stored, and free for others
+        self._ended: dict[str, int] = {}  # epochs that ended with an error, and are tried again
         self._is_leaving = False
         self._wake = asyncio.Event()
         self._answered_ms: int | None = None
@@ -171,7 +173,7 @@ class JobWorker:
         reports = now_ms - self._reported_ms >= REPORT_MS
         if reports:
             self._reported_ms = now_ms
-        released = dict(self._released)
+        released, ended = dict(self._released), dict(self._ended)
         request = pb.ClaimSqlJobsRequest(
             session_token=self._token(),
             held=[
@@ -181,11 +183,12 @@ class JobWorker:
                 for job_id, held in self._held.items()
             ],
             released=[pb.SqlJobHold(job_id=job_id, epoch=epoch) for job_id, epoch in released.items()],
+            ended=[pb.SqlJobHold(job_id=job_id, epoch=epoch) for job_id, epoch in ended.items()],
             is_leaving=is_leaving,
         )
         answer = await self._coordinator.claim_sql_jobs(request)
-        for job_id in released:
-            del self._released[job_id]
+        _forget(self._released, released)
+        _forget(self._ended, ended)
         return answer
 
     async def _stop(self, stop: pb.SqlJobStop) -> None:
@@ -241,6 +244,7 @@ class JobWorker:
         if not (isinstance(error, StreamHouseError) and error.retriable):
             failures.count += 1
         if failures.count < self._settings.sql_job_attempts_max and not isinstance(error, _FINAL):
+            self._ended[job.job_id] = job.epoch
             telemetry.job_failures.add(1, {"outcome": "tried_again"})
             log.warning("job %s: epoch %d ends, and is tried again: %s", job.job, job.epoch, reason)
             return
@@ -267,3 +271,10 @@ class JobWorker:
                 await self.parts.checkpoints.sweep_dropped(known)
             except StreamHouseError as error:
                 log.info("objects of dropped jobs are left for the next sweep: %s", error.message)
+
+
+def _forget(epochs: dict[str, int], told: Mapping[str, int]) -> None:
+    """Removes what the coordinator was told; there may be newer epochs by now, and two calls may have told the same."""
+    for job_id, epoch in told.items():
+        if epochs.get(job_id) == epoch:
+            del epochs[job_id]
