@@ -1,7 +1,10 @@
 """Workers among faults: lost answers, services that are away, and workers that do not know that they are replaced."""
 
+import asyncio
 import random
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shproto.errors import Unavailable
@@ -232,3 +235,86 @@ async def test_partitions_that_are_added_are_read_and_written(tmp_path: Path) ->
         await world.produce("source", [{"n": n} for n in range(RECORDS + 100, RECORDS + 120)], ["y"] * 20)
         values = await world.until_values("out", RECORDS + 120)
         assert sorted(by_number(values)) == list(range(RECORDS + 120))
+
+
+class _ListingHangs:
+    """A store that lists nothing while it is away."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.back = asyncio.Event()
+        self.back.set()
+        self.asked = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def list(self, *args: Any, **more: Any) -> AsyncIterator[Any]:
+        self.asked += 1
+        await self.back.wait()
+        async for item in self._store.list(*args, **more):
+            yield item
+
+
+async def test_a_job_is_dropped_while_the_store_is_away_and_others_start(tmp_path: Path) -> None:
+    """Its objects are cleared away beside the ticks, which other jobs, moves and views need."""
+    async with job_world(tmp_path) as world:
+        await begin(world)
+        store = _ListingHangs(world.cluster.objects)
+        worker = await world.start_worker(store=store)
+        await world.until_values("out", RECORDS)
+        asked = store.asked
+        store.back.clear()
+        await world.cluster.service.api.drop_sql_job(pb.DropSqlJobRequest(job="job"))
+        await world.until(lambda: store.asked > asked)
+        await world.cluster.create_topic("late", 1)
+        await world.create("INSERT INTO late SELECT CAST(_value ->> '$.n' AS BIGINT) AS n FROM source", "late", "late")
+        await world.until(lambda: "late" in worker.jobs.runs)
+        store.back.set()
+
+
+async def test_two_claims_tell_of_the_same_job_when_a_worker_is_stopped(tmp_path: Path) -> None:
+    async with job_world(tmp_path) as world:
+        await begin(world)
+        worker = await world.start_worker()
+        await world.until_values("out", RECORDS)
+        before = worker.coordinator.hold("claim_sql_jobs")
+        await world.until(lambda: before.requests)
+        worker.jobs.runs["job"].stop()
+        await world.until(lambda: not worker.jobs.runs)
+        held = worker.coordinator.hold("claim_sql_jobs")
+        before.release()
+        await world.until(lambda: held.requests)
+        stopping = asyncio.create_task(worker.stop())
+        await world.until(lambda: len(held.requests) == 2)
+        assert all(request.released for request in held.requests)
+        held.release()
+        await stopping
+        world.workers.clear()
+        await world.start_worker()
+        await check(world, RECORDS)
+
+
+async def test_a_job_that_is_granted_to_a_worker_that_leaves_does_not_start(tmp_path: Path) -> None:
+    async with job_world(tmp_path) as world:
+        await begin(world)
+        api = world.cluster.service.api
+        await api.alter_sql_job(pb.AlterSqlJobRequest(job="job", state="paused"))
+        worker = await world.start_worker()
+        before = worker.coordinator.hold("claim_sql_jobs")
+        await world.until(lambda: before.requests)
+        await api.alter_sql_job(pb.AlterSqlJobRequest(job="job", state="running"))
+        held = worker.coordinator.hold_answers("claim_sql_jobs")
+        before.release()
+        await world.until(lambda: any(answer.granted for answer in worker.coordinator.answers["claim_sql_jobs"]))
+        asked = worker.coordinator.calls["claim_sql_jobs"]
+        stopping = asyncio.create_task(worker.jobs.stop())
+        await world.until(lambda: worker.coordinator.calls["claim_sql_jobs"] == asked + 1)
+        held.release()
+        await stopping
+        await world.until(lambda: not worker.coordinator.answers["claim_sql_jobs"][-1].granted)
+        assert not worker.jobs.runs
+        await worker.stop()
+        world.workers.clear()
+        await world.start_worker()
+        await check(world, RECORDS)

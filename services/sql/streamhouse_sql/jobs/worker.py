@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from shproto.errors import DataLoss, Fenced, InvalidStatement, StreamHouseError, Unavailable, UnknownTopic
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
-from shruntime.tasks import cancel_and_wait
+from shruntime.tasks import cancel_and_wait, outcomes
 
 from streamhouse_sql import telemetry
 from streamhouse_sql.jobs.run import JobParts, JobRun
@@ -60,6 +60,9 @@ class JobWorker:
         self._clock = parts.reads.clock
         self._settings = parts.settings
         self._held: dict[str, _Held] = {}
+        # Runs of jobs that were taken from this worker, and what is cleared away behind them, by id of the job: they
+        # end beside the ticks, however long the program or the object store takes.
+        self._ending: dict[asyncio.Task[None], str] = {}
         self._failures: dict[str, _Failures] = {}
         self._released: dict[str, int] = {}  # epochs of jobs that are stored, and free for others
         self._ended: dict[str, int] = {}  # epochs that ended with an error, and are tried again
@@ -130,7 +133,8 @@ class JobWorker:
                 await self._tick_once()
                 await self._rest()
         finally:
-            await cancel_and_wait(journal, sweep, *(held.task for held in self._held.values()))
+            held = [held.task for held in self._held.values()]
+            await cancel_and_wait(journal, sweep, *held, *self._ending)
             self.parts.close()
 
     async def stop(self) -> None:
@@ -164,9 +168,12 @@ class JobWorker:
             return
         self._answered_ms = self._clock.monotonic_ms()
         for stop in answer.stop:
-            await self._stop(stop)
+            self._stop(stop)
         for grant in answer.granted:
-            await self._start(grant)
+            if self._is_leaving:  # since the claim was sent: given back untouched
+                self._released[grant.job.job_id] = grant.job.epoch
+            else:
+                self._start(grant)
 
     async def _claim(self, *, is_leaving: bool = False) -> pb.ClaimSqlJobsResponse:
         now_ms = self._clock.monotonic_ms()
@@ -191,7 +198,7 @@ class JobWorker:
         _forget(self._ended, ended)
         return answer
 
-    async def _stop(self, stop: pb.SqlJobStop) -> None:
+    def _stop(self, stop: pb.SqlJobStop) -> None:
         held = self._held.get(stop.job_id)
         if held is None or held.run.job.epoch != stop.epoch:
             return
@@ -199,24 +206,50 @@ class JobWorker:
         if stop.why == MOVING:
             held.run.stop()  # its end releases the job
             return
-        await cancel_and_wait(held.task)
+        self._end(stop.job_id)
         if stop.why == DROPPED:
             self._failures.pop(stop.job_id, None)
-            await self.parts.checkpoints.drop(stop.job_id)
+            drop = self._drop(stop.job_id, self._former(stop.job_id))
+            self._ends(stop.job_id, asyncio.create_task(drop, name=f"job drop {held.run.job.job}"))
 
-    async def _start(self, grant: pb.SqlJobGrant) -> None:
+    def _end(self, job_id: str) -> None:
+        """Cancels the run of a job, which ends beside the ticks; the next run of the job waits for it."""
+        held = self._held.pop(job_id)
+        held.task.cancel()
+        self._ends(job_id, held.task)
+
+    def _ends(self, job_id: str, task: asyncio.Task[None]) -> None:
+        self._ending[task] = job_id
+
+        def ended(task: asyncio.Task[None]) -> None:
+            del self._ending[task]
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("job %s: a defect in how it ends", job_id, exc_info=error)
+
+        task.add_done_callback(ended)
+
+    def _former(self, job_id: str) -> list[asyncio.Task[None]]:
+        return [task for task, ending in self._ending.items() if ending == job_id]
+
+    async def _drop(self, job_id: str, former: list[asyncio.Task[None]]) -> None:
+        """Deletes the objects of a dropped job once its runs have ended, which might write more."""
+        await outcomes(*former)
+        await self.parts.checkpoints.drop(job_id)
+
+    def _start(self, grant: pb.SqlJobGrant) -> None:
         job_id = grant.job.job_id
-        if (held := self._held.get(job_id)) is not None:
-            # Granted once more although it runs here: the epoch of this run is over.
-            await cancel_and_wait(held.task)
+        if job_id in self._held:
+            # Granted once more although it runs here: the epoch of that run is over.
+            self._end(job_id)
         run = JobRun(self.parts, grant)
-        task = asyncio.create_task(self._run(run), name=f"job {grant.job.job}")
+        task = asyncio.create_task(self._run(run, self._former(job_id)), name=f"job {grant.job.job}")
         self._held[job_id] = _Held(run, task)
 
-    async def _run(self, run: JobRun) -> None:
-        """Runs a job to its end, and notes how it ended."""
+    async def _run(self, run: JobRun, former: list[asyncio.Task[None]]) -> None:
+        """Runs a job to its end, once its former runs have ended, and notes how it ended."""
         job = run.job
         try:
+            await outcomes(*former)
             await run.run()
             self._released[job.job_id] = job.epoch
             log.info("job %s: epoch %d is stored and given back", job.job, job.epoch)
