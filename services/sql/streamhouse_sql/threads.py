@@ -16,7 +16,7 @@ T = TypeVar("T")
 INTERRUPT_AGAIN_MS = 50
 
 
-def in_daemon(work: Callable[[], T]) -> asyncio.Future[T]:
+def in_daemon(work: Callable[[], T], name: str = "sql statement") -> asyncio.Future[T]:
     """Returns the result of `work`, run in a thread of its own. Not an executor's: Python waits for those at its end,
     and a statement's thread may not end. Nor the loop's: it waits for decoders, which would wait for a thread."""
     loop = asyncio.get_running_loop()
@@ -32,7 +32,7 @@ def in_daemon(work: Callable[[], T]) -> asyncio.Future[T]:
         with contextlib.suppress(RuntimeError):  # the loop is closed: an abandoned statement
             loop.call_soon_threadsafe(report)
 
-    threading.Thread(target=run, name="sql statement", daemon=True).start()
+    threading.Thread(target=run, name=name, daemon=True).start()
     return done
 
 

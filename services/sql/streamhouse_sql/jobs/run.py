@@ -14,13 +14,13 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from shproto.errors import (
     DataLoss,
     Fenced,
     ProducerFenced,
-    StatementTimeout,
     StreamHouseError,
     Unavailable,
     UnknownTopic,
@@ -28,7 +28,7 @@ from shproto.errors import (
 from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shproto.v1 import coordinator_pb2 as pb
 from shread.reads import Reads
-from shruntime.tasks import Backoff, cancel_and_wait, run_to_end, run_until_first_ends, sleep_ms
+from shruntime.tasks import Backoff, cancel_and_wait, run_to_end, run_until_first_ends, sleep_ms, until_done
 
 from streamhouse_sql import telemetry
 from streamhouse_sql.core.continuous.model import JobPlan
@@ -39,17 +39,18 @@ from streamhouse_sql.jobs.gather import Gather, Gathered, GatherLimits, read_aga
 from streamhouse_sql.jobs.journal import Journal
 from streamhouse_sql.jobs.micro_batch import Checkpoint, InputPosition, MicroBatch, advanced
 from streamhouse_sql.jobs.output import Output, Writer
+from streamhouse_sql.jobs.programs import Programs
 from streamhouse_sql.pipeline import Pipeline, Step
 from streamhouse_sql.settings import SqlSettings
+from streamhouse_sql.threads import in_daemon
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-# A micro-batch that is journalled, and its records; None: no more come.
+# Values of columns that rows of a view must have.
 Equals = tuple[tuple[str, int | str], ...]
+# A micro-batch that is journalled, and its records; None: no more come.
 _Ahead = tuple[MicroBatch, Mapping[str, Any]] | None
 
-# A step that is to end is interrupted again after this time: an interrupt between two statements is lost.
-INTERRUPT_AGAIN_MS = 50
 SAVING_POLL_MS = 100
 # Micro-batches behind a checkpoint after which the next one is due whatever the time: the next owner repeats them, and
 # the journal has room for ten times as many.
@@ -76,14 +77,13 @@ class JobParts:
     journal: Journal
     checkpoints: Checkpoints
     decoders: Executor
-    programs: Executor
+    programs: Programs
     plan_of: Callable[[pb.SqlJobInfo, Mapping[str, int]], PlannedJob]
     new_writer: Callable[[pb.SqlJobInfo, int], Writer]
 
     def close(self) -> None:
-        """Ends the threads, in which nothing runs any more."""
-        for threads in (self.decoders, self.programs):
-            threads.shutdown(wait=False, cancel_futures=True)
+        """Ends the decoders, which nothing uses any more."""
+        self.decoders.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(slots=True)
@@ -128,6 +128,7 @@ class JobRun:
         self._snapshot: _Snapshot | None = None
         self._saved = asyncio.Event()
         self._is_ready = False
+        self._is_lost = False  # a thread goes on with the program, whatever it is told
         self._view_lock = asyncio.Lock()
         # Micro-batch that runs, for the place of an error.
         self.batch: MicroBatch | None = None
@@ -192,7 +193,8 @@ class JobRun:
         except ProducerFenced as error:
             raise Fenced(f"job {self.job.job}: {error.message}") from error
         finally:
-            await self._close()
+            # Further cancellations are part of the first: nothing is left open, and the worker awaits this run.
+            await until_done(asyncio.create_task(self._close(), name="job close"))
 
     # ---- take-over
 
@@ -207,7 +209,7 @@ class JobRun:
         if self._checkpoint is not None:
             # The program is that of the beginning: partitions that came since do not change it.
             topics |= {place.topic: place.first_partitions for place in self._checkpoint.inputs.values()}
-        self._planned = await asyncio.to_thread(parts.plan_of, job, topics)
+        self._planned = await run_to_end(parts.plan_of, job, topics)
         journal = [MicroBatch.decode(item.number, item.entry) for item in grant.journal]
         # Nothing is read of former owners before they can write no more.
         written = await self._output.fence(partitions)
@@ -455,38 +457,31 @@ class JobRun:
     # ---- the program's thread
 
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Returns the result of `work`, run in a thread. A call that is cancelled, or takes longer than
-        `sql_job_step_timeout_ms`, is interrupted and waited for; then raises StatementTimeout."""
-        call = asyncio.get_running_loop().run_in_executor(self._parts.programs, work, *arguments)
-        timeout_ms = self._settings.sql_job_step_timeout_ms
-        try:
-            await asyncio.wait((call,), timeout=timeout_ms / 1000)
-        except asyncio.CancelledError:
-            await self._interrupted(call)
-            raise
-        if not call.done():
-            await self._interrupted(call)
-            raise StatementTimeout(
-                f"a micro-batch takes longer than {timeout_ms} ms (sql_job_step_timeout_ms)", timeout_ms=timeout_ms
-            )
-        return call.result()
+        """Returns the result of `work`, run in a thread of programs. Raises StatementTimeout."""
+        return await self._parts.programs.run(
+            partial(work, *arguments),
+            self._interrupt,
+            self._lose,
+            timeout_ms=self._settings.sql_job_step_timeout_ms,
+        )
 
-    async def _interrupted(self, call: asyncio.Future[Any]) -> None:
-        while not call.done():
-            if self._pipeline is not None:
-                self._pipeline.interrupt()
-            await asyncio.wait((call,), timeout=INTERRUPT_AGAIN_MS / 1000)
-        if not call.cancelled():
-            call.exception()  # seen: it is only the interrupt
+    def _interrupt(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.interrupt()
+
+    def _lose(self) -> None:
+        self._is_lost = True
 
     async def _close(self) -> None:
         self._is_ready = False
         async with self._view_lock:
             pipeline, self._pipeline = self._pipeline, None
         encoder, self._encoder = self._encoder, None
+        if self._is_lost:
+            return  # a thread uses them; they are freed if it ever ends
         for part in (pipeline, encoder):
             if part is not None:
-                await asyncio.get_running_loop().run_in_executor(self._parts.programs, part.close)
+                await in_daemon(part.close, "job program")
 
     def _limits(self) -> GatherLimits:
         settings = self._settings

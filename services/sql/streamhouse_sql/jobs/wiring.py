@@ -20,6 +20,7 @@ from streamhouse_sql.core.continuous.statements import ContinuousQuery, parse_jo
 from streamhouse_sql.jobs.checkpoints import Checkpoints
 from streamhouse_sql.jobs.encode import Encoder
 from streamhouse_sql.jobs.journal import Journal
+from streamhouse_sql.jobs.programs import Programs
 from streamhouse_sql.jobs.run import JobParts, PlannedJob
 from streamhouse_sql.jobs.statements import PlanJob
 from streamhouse_sql.jobs.worker import JobWorker
@@ -91,7 +92,7 @@ def build_worker(
             state_bytes_max=settings.sql_job_memory_bytes_max + settings.sql_job_temp_bytes_max,
         ),
         decoders=ThreadPoolExecutor(settings.sql_job_threads, "job decode"),
-        programs=ThreadPoolExecutor(settings.sql_job_threads, "job"),
+        programs=Programs(settings.sql_job_threads),
         plan_of=plan_of,
         new_writer=new_writer,
     )
