@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 from shproto.errors import Unavailable
 from shproto.v1 import coordinator_pb2 as pb
 from shstore import FaultKind, FaultyStore, RandomFaults
+from streamhouse_sql.jobs.micro_batch import Checkpoint
 
-from services.sql.tests.crash_points import AFTER, CrashPoint
+from services.sql.tests.crash_points import AFTER, BEFORE, CrashPoint
 from services.sql.tests.job_world import JobWorld, by_number, job_world
 from services.sql.tests.test_sql_job_crashes import RECORDS, begin, check
 
@@ -318,3 +320,29 @@ async def test_a_job_that_is_granted_to_a_worker_that_leaves_does_not_start(tmp_
         world.workers.clear()
         await world.start_worker()
         await check(world, RECORDS)
+
+
+async def test_partitions_that_come_while_a_job_begins_are_none_of_its_first(tmp_path: Path) -> None:
+    """The next owner makes the program for the partitions that the checkpoint names, and must get the same one."""
+    async with job_world(tmp_path) as world:
+        await begin(world)
+        point = CrashPoint("writer.fence", BEFORE, 1)
+        worker = await world.start_worker(point=point)
+        await world.until(point.reached.is_set)
+        api = world.cluster.service.api
+        await api.alter_topic(pb.AlterTopicRequest(topic="source", partitions=3))
+        index = worker.jobs.parts.reads.index
+        await world.until(lambda: index.topics()["source"].partitions == 3)
+        point.wake()
+        await check(world, RECORDS)
+        asked = pb.OpenSessionRequest(
+            role="sql", agent_id="next", address="127.0.0.1:2", session_token=str(uuid.uuid4())
+        )
+        token = (await api.open_session(asked)).session_token
+        (grant,) = (await api.claim_sql_jobs(pb.ClaimSqlJobsRequest(session_token=token))).granted
+        assert Checkpoint.decode(grant.checkpoint).inputs["source"].first_partitions == 2
+        await api.close_session(pb.CloseSessionRequest(session_token=token))
+        world.workers.clear()
+        await world.start_worker()
+        await produce_more(world)
+        await check(world, RECORDS + MORE)

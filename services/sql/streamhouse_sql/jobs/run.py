@@ -25,6 +25,7 @@ from shproto.errors import (
     Unavailable,
     UnknownTopic,
 )
+from shproto.keys import PartitionKey, TopicId
 from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shproto.v1 import coordinator_pb2 as pb
 from shread.reads import Reads
@@ -116,6 +117,7 @@ class JobRun:
             lambda partition: parts.new_writer(grant.job, partition), bytes_max=parts.settings.sql_job_output_bytes_max
         )
         self._place = _Place(0, {})
+        self._topics: Mapping[str, tuple[TopicId, int]] = {}  # of the program: id and number of partitions
         self._planned: PlannedJob | None = None
         self._pipeline: Pipeline | None = None
         self._encoder: Encoder | None = None
@@ -205,7 +207,8 @@ class JobRun:
         partitions = self._output_partitions()
         grant = self._grant
         self._checkpoint = Checkpoint.decode(grant.checkpoint) if grant.checkpoint else None
-        topics = {name: found.partitions for name, found in parts.reads.index.topics().items()}
+        self._topics = {name: (found.topic_id, found.partitions) for name, found in parts.reads.index.topics().items()}
+        topics = {name: partitions for name, (_, partitions) in self._topics.items()}
         if self._checkpoint is not None:
             # The program is that of the beginning: partitions that came since do not change it.
             topics |= {place.topic: place.first_partitions for place in self._checkpoint.inputs.values()}
@@ -267,18 +270,18 @@ class JobRun:
         await self._parts.checkpoints.sweep(self.job.job_id, checkpoint, self.job.epoch)
 
     def _first_places(self) -> dict[str, InputPosition]:
-        topics = self._parts.reads.index.topics()
+        """Returns the log starts of the partitions that the program was made for: there may be more by now, since
+        fencing may take minutes."""
+        index = self._parts.reads.index
         places = {}
         for source in self.plan_now.inputs:
-            entry = topics.get(source.topic)
-            if entry is None:
-                raise UnknownTopic(f"there is no topic {source.topic!r}", topic=source.topic)
+            topic_id, partitions = self._topics[source.topic]
             starts = {
-                number: self._parts.reads.index.find(source.topic, number).log_start_offset
-                for number in range(entry.partitions)
+                number: index.get(PartitionKey(topic_id, number), source.topic).log_start_offset
+                for number in range(partitions)
             }
             places[source.name] = InputPosition(
-                topic=source.topic, topic_id=entry.topic_id.hex(), first_partitions=entry.partitions, offsets=starts
+                topic=source.topic, topic_id=topic_id.hex(), first_partitions=partitions, offsets=starts
             )
         return places
 
