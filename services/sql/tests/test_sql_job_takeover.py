@@ -6,8 +6,19 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shproto.errors import DataLoss, InvalidArgument
-from streamhouse_sql.jobs.micro_batch import Checkpoint, InputPosition, MicroBatch, ReadRange, StateObject, advanced
+from shformat.limits import INT64_MAX
+from shproto.errors import DataLoss, InvalidArgument, StatementLimit
+from streamhouse_sql.jobs.micro_batch import (
+    IDLE_MAX,
+    RANGES_MAX,
+    Checkpoint,
+    InputPosition,
+    MicroBatch,
+    ReadRange,
+    StateObject,
+    advanced,
+    check_event_time_partitions,
+)
 from streamhouse_sql.jobs.takeover import (
     CRASHES_MAX,
     CrashLimit,
@@ -21,7 +32,7 @@ from streamhouse_sql.jobs.takeover import (
 pytestmark = pytest.mark.quick
 
 START = {"t": InputPosition(topic="t", topic_id="ab", first_partitions=2, offsets={0: 0, 1: 0})}
-PLAN = "plan"
+PLAN = "plan-1-v2.0"
 
 
 def micro_batch(number: int, start: int, rows: int, partition: int = 0) -> MicroBatch:
@@ -145,9 +156,35 @@ def test_a_journal_that_does_not_follow_is_refused(
 def test_another_program_does_not_run_what_was_begun() -> None:
     history = History([1, 1])
     with pytest.raises(InvalidArgument, match="another version"):
-        take_over(history.checkpoint(0), history.batches, (0, 0), fingerprint="new", epoch=2, journal_epoch=1)
+        take_over(history.checkpoint(0), history.batches, (0, 0), fingerprint="new-1-v2.0", epoch=2, journal_epoch=1)
     # Nothing was begun: the new program goes on from the state, if it fits.
-    assert not take_over(history.checkpoint(2), [], (1, 1), fingerprint="new", epoch=2, journal_epoch=0).replay
+    new = "new-1-v2.1"
+    assert not take_over(history.checkpoint(2), [], (1, 1), fingerprint=new, epoch=2, journal_epoch=0).replay
+
+
+def test_another_compiler_does_not_go_on_with_the_state() -> None:
+    state = (StateObject(table="s", key="sql/j/1-1/000.parquet", size_bytes=1, crc32=1),)
+    checkpoint = replace(History([1, 1]).checkpoint(2), objects=state)
+    with pytest.raises(InvalidArgument, match="version 1 of the compiler, this worker has version 2"):
+        take_over(checkpoint, [], (1, 1), fingerprint="plan-2-v2.0", epoch=2, journal_epoch=0)
+    # There is no state yet: any program may begin.
+    take_over(replace(checkpoint, objects=()), [], (1, 1), fingerprint="plan-2-v2.0", epoch=2, journal_epoch=0)
+
+
+def test_the_largest_micro_batch_fits_into_the_journal() -> None:
+    wide = INT64_MAX // 2
+    ranges = tuple(
+        ReadRange(input="t", partition=at, offset_from=10**9, offset_to=10**9 + 1_000, records=1_000)
+        for at in range(RANGES_MAX)
+    )
+    batch = replace(micro_batch(1, 0, 1), ranges=ranges, idle=tuple(("t", at) for at in range(IDLE_MAX)), now_us=wide)
+    assert len(batch.encode()) < 256 * 1024
+    assert MicroBatch.decode(1, batch.encode()) == batch
+    check_event_time_partitions(IDLE_MAX)
+    with pytest.raises(StatementLimit, match=f"{IDLE_MAX + 1} partitions"):
+        check_event_time_partitions(IDLE_MAX + 1)
+    with pytest.raises(DataLoss, match="idle partitions"):
+        MicroBatch.decode(1, replace(batch, idle=(*batch.idle, ("t", IDLE_MAX))).encode())
 
 
 def test_workers_that_end_in_the_same_place_again_and_again_stop_the_job() -> None:

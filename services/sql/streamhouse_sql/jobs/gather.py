@@ -28,7 +28,13 @@ from shruntime.tasks import Backoff, cancel_and_wait, sleep_ms
 
 from streamhouse_sql.arrow import schema_of
 from streamhouse_sql.core.continuous.model import JobInput
-from streamhouse_sql.jobs.micro_batch import RANGES_MAX, InputPosition, MicroBatch, ReadRange
+from streamhouse_sql.jobs.micro_batch import (
+    RANGES_MAX,
+    InputPosition,
+    MicroBatch,
+    ReadRange,
+    check_event_time_partitions,
+)
 from streamhouse_sql.sources import decode_scan
 
 log = logging.getLogger(__name__)
@@ -170,7 +176,7 @@ class Gather:
 
     async def next(self) -> Gathered:
         """Returns the next records, once there are any, or once other partitions are idle than before. Raises the
-        errors of reading: DataLoss, OffsetBelowStart, UnknownTopic, StatementFailed."""
+        errors of reading: DataLoss, OffsetBelowStart, UnknownTopic, StatementFailed; StatementLimit."""
         while True:
             self._open_feeds()
             self._changed.clear()
@@ -263,8 +269,10 @@ class Gather:
     # ---- feeds
 
     def _open_feeds(self) -> None:
-        """Opens a feed for each partition that has none; a topic may get more. Raises UnknownTopic."""
+        """Opens a feed for each partition that has none; a topic may get more. Raises UnknownTopic, StatementLimit."""
         topics = self._reads.index.topics()
+        event_time = [source.topic for source in self._sources if source.has_watermark and source.topic in topics]
+        check_event_time_partitions(sum(topics[topic].partitions for topic in event_time))
         for source in self._sources:
             entry = topics.get(source.topic)
             place = self._inputs[source.name]

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shformat.limits import INT64_MAX
-from shproto.errors import DataLoss
+from shproto.errors import DataLoss, StatementLimit
 
 VERSION = 1
 # Partitions with new records that a micro-batch has room for: 30 bytes each, in an entry of 256 KiB.
 RANGES_MAX = 4_000
-# Idle partitions are named, too: at most 8 bytes each.
+# Idle partitions are named, too: at most 8 bytes each. Only inputs with event time have any.
 IDLE_MAX = 10_000
 
 
@@ -83,12 +83,14 @@ class MicroBatch:
                 for partition, start, width, records in items
             )
             _check(all(item.offset_from < item.offset_to for item in ranges), "an empty range")
+            idle = tuple(
+                (name, _number(partition)) for name, items in _mapping(data["idle"]).items() for partition in items
+            )
+            _check(len(idle) <= IDLE_MAX, f"{len(idle)} idle partitions")
             return cls(
                 number=number,
                 ranges=ranges,
-                idle=tuple(
-                    (name, _number(partition)) for name, items in _mapping(data["idle"]).items() for partition in items
-                ),
+                idle=idle,
                 now_us=_number(data["now_us"]),
                 output_partitions=_number(data["output_partitions"], least=1),
                 fingerprint=_text(data["plan"]),
@@ -184,6 +186,17 @@ def advanced(inputs: Mapping[str, InputPosition], ranges: Iterable[ReadRange]) -
     for item in ranges:
         offsets[item.input][item.partition] = item.offset_to
     return {name: replace(place, offsets=offsets[name]) for name, place in inputs.items()}
+
+
+def check_event_time_partitions(partitions: int) -> None:
+    """Checks that all partitions of inputs with event time fit into an entry once they are idle. Raises
+    StatementLimit."""
+    if partitions > IDLE_MAX:
+        raise StatementLimit(
+            f"the inputs with event time have {partitions} partitions, a job has room for {IDLE_MAX}",
+            limit="IDLE_MAX",
+            value=partitions,
+        )
 
 
 class _Damaged(Exception):

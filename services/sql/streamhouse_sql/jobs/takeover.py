@@ -54,8 +54,8 @@ def take_over(
     newest entry, 0 without. `ended_epoch`: newest that did not crash, since it ended with an error or was paused.
 
     Raises DataLoss if the journal has a gap, if micro-batches do not follow the checkpoint, or if the output ends
-    before the checkpoint; InvalidArgument if the journal is of another program; CrashLimit if workers end in it again
-    and again.
+    before the checkpoint; InvalidArgument if the journal is of another program, or the state of another compiler;
+    CrashLimit if workers end in the journal again and again.
     """
     number = checkpoint.number if checkpoint is not None else 0
     replay = [batch for batch in journal if batch.number > number]
@@ -66,6 +66,7 @@ def take_over(
         raise DataLoss("the journal has micro-batches, and there is no checkpoint that they follow")
     _check_program(replay, fingerprint)
     if checkpoint is not None:
+        _check_state(checkpoint, fingerprint)
         _check_order(checkpoint, replay)
     crashes = epoch - max(journal_epoch, ended_epoch)
     if replay and crashes > CRASHES_MAX:
@@ -123,11 +124,28 @@ def prefix_of(job_id: str) -> str:
     return f"sql/{job_id}/"
 
 
+def compiler_of(fingerprint: str) -> str:
+    """Returns the version of the compiler in the fingerprint of a plan: program-compiler-DuckDB."""
+    return fingerprint.partition("-")[2].partition("-")[0]
+
+
 def epoch_of(key: str) -> int | None:
     """Returns the epoch in the name of an object, None for a name that is none of ours."""
     parts = key.split("/")
     epoch = parts[2].partition("-")[0] if len(parts) == 4 and parts[0] == "sql" else ""
     return int(epoch) if epoch.isdecimal() else None
+
+
+def _check_state(checkpoint: Checkpoint, fingerprint: str) -> None:
+    """Checks that this worker's compiler has made the tables of the state: those of another mean other things."""
+    if checkpoint.objects and compiler_of(checkpoint.fingerprint) != compiler_of(fingerprint):
+        raise InvalidArgument(
+            f"the state was stored by version {compiler_of(checkpoint.fingerprint)} of the compiler, this worker has "
+            f"version {compiler_of(fingerprint)}: run a worker of that version, or drop the job and create it again",
+            field="fingerprint",
+            value=checkpoint.fingerprint,
+            limit=fingerprint,
+        )
 
 
 def _check_program(replay: Collection[MicroBatch], fingerprint: str) -> None:
