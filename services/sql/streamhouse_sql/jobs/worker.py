@@ -94,6 +94,10 @@ class JobWorker:
                 "memory of the state of its jobs",
                 total(lambda run: run.progress().state_bytes),
             ),
+            "streamhouse_sql_job_threads_lost": (
+                "threads of jobs that heeded no interrupt and go on",
+                lambda: self.parts.programs.lost,
+            ),
             "streamhouse_sql_jobs_waiting": (
                 "jobs that wait for output or input that exists and does not come",
                 total(lambda run: bool(run.trouble)),
