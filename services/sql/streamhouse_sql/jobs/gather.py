@@ -285,8 +285,8 @@ class Gather:
                 start = place.offsets.get(number)
                 if start is None and number < place.first_partitions:
                     start = self._reads.index.get(key, source.topic).log_start_offset
-                # A partition that came since is read from its first record, however late: what retention has taken
-                # from it is reported, not skipped.
+                # A partition that came since is read from its first record, however late: records that retention
+                # has taken from it are reported, not skipped.
                 feed = self._feeds[source.name, number] = _Feed(source, key, start or 0)
                 self._tasks[source.name, number] = asyncio.create_task(
                     self._read(feed), name=f"job input {source.topic}/{number}"

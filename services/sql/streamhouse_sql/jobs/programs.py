@@ -1,6 +1,6 @@
 """Threads in which the programs of jobs run: interruptible, of a limited number, and lost if they heed no interrupt.
 
-Owns: the slots of the threads, how many were lost. Does not own: what runs in them.
+Owns: the slots of the threads, how many were lost. Does not own: the programs.
 Invariants: at most `threads_max` calls run, besides lost ones. A call that waits for a slot can be cancelled at once;
 one that runs has ended when `run` returns or raises, or was reported as lost.
 """

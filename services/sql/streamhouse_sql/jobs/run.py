@@ -130,7 +130,7 @@ class JobRun:
         self._snapshot: _Snapshot | None = None
         self._saved = asyncio.Event()
         self._is_ready = False
-        self._is_lost = False  # a thread goes on with the program, whatever it is told
+        self._is_lost = False  # a thread goes on with the program, and heeds no interrupt
         self._view_lock = asyncio.Lock()
         # Micro-batch that runs, for the place of an error.
         self.batch: MicroBatch | None = None

@@ -60,7 +60,7 @@ class JobWorker:
         self._clock = parts.reads.clock
         self._settings = parts.settings
         self._held: dict[str, _Held] = {}
-        # Runs of jobs that were taken from this worker, and what is cleared away behind them, by id of the job: they
+        # Runs of jobs that were taken from this worker, and the deletion of their objects, by id of the job: they
         # end beside the ticks, however long the program or the object store takes.
         self._ending: dict[asyncio.Task[None], str] = {}
         self._failures: dict[str, _Failures] = {}
@@ -311,7 +311,7 @@ class JobWorker:
 
 
 def _forget(epochs: dict[str, int], told: Mapping[str, int]) -> None:
-    """Removes what the coordinator was told; there may be newer epochs by now, and two calls may have told the same."""
+    """Removes epochs that the coordinator was told; there may be newer ones, and two calls may have told the same."""
     for job_id, epoch in told.items():
         if epochs.get(job_id) == epoch:
             del epochs[job_id]
