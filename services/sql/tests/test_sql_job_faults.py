@@ -1,6 +1,7 @@
 """Workers among faults: lost answers, services that are away, and workers that do not know that they are replaced."""
 
 import asyncio
+import json
 import random
 import uuid
 from collections.abc import AsyncIterator
@@ -11,6 +12,7 @@ import pytest
 from shproto.errors import Unavailable
 from shproto.v1 import coordinator_pb2 as pb
 from shstore import FaultKind, FaultyStore, RandomFaults
+from streamhouse import Producer
 from streamhouse_sql.jobs.micro_batch import Checkpoint
 
 from services.sql.tests.crash_points import AFTER, BEFORE, CrashPoint
@@ -346,3 +348,28 @@ async def test_partitions_that_come_while_a_job_begins_are_none_of_its_first(tmp
         await world.start_worker()
         await produce_more(world)
         await check(world, RECORDS + MORE)
+
+
+async def test_records_of_a_later_partition_that_retention_took_are_reported(tmp_path: Path) -> None:
+    """It came while no worker ran: the next owner reads it from its first record, not from the log start of now."""
+    async with job_world(tmp_path) as world:
+        await begin(world)
+        await world.start_worker()
+        await check(world, RECORDS)
+        world.workers.clear()
+        await world.cluster.service.api.alter_topic(pb.AlterTopicRequest(topic="source", partitions=3))
+        await world.until(lambda: world.cluster.partitions("source") == 3)
+        await world.cluster.led("source")
+        async with Producer(world.cluster.address, acks="durable") as producer:
+            for n in range(10):
+                await producer.send_and_wait("source", json.dumps({"n": n}).encode(), partition=2)
+        await world.cluster.delete_records("source", 2, 5)
+        index = world.cluster.query.engine.reads.index
+        await world.until(lambda: index.find("source", 2).log_start_offset == 5)
+        await world.start_worker()
+
+        async def has_failed() -> bool:
+            return (await world.job()).state == "failed"
+
+        await world.until(has_failed)
+        assert "source/2" in (await world.job()).reason
