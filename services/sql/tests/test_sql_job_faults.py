@@ -115,7 +115,8 @@ async def test_the_store_is_away_while_the_job_goes_on(tmp_path: Path) -> None:
     async with job_world(tmp_path) as world:
         await begin(world)
         store = FaultyStore(world.cluster.objects, RandomFaults(random.Random(7), RATES))
-        await world.start_worker(store=store)
+        # A worker that is stopped stores its state, however often the store refuses.
+        await world.start_worker(store=store, sql_job_stop_ms=600_000)
         await produce_more(world)
         await check(world, RECORDS + MORE)
 
