@@ -41,6 +41,7 @@ HOMES: Mapping[str, tuple[str, ...]] = {
         "streamhouse.sql",
         "streamhouse.sync.sql",
         "streamhouse_cli.sql_formats",
+        "streamhouse_cli.sql_live",
         "streamhouse_cli.sql_values",
         "streamhouse_sql",
     ),
