@@ -1085,7 +1085,7 @@ async def test_g1_an_agent_that_its_workers_cannot_reach_settles_where_it_ends_a
     first = RangeKey(orders, 0, 1)
     async with running(tmp_path, world.coordinator) as service:
         for offset, value in enumerate((b"a", b"b", b"c")):
-            answer = await service.api.produce(request(value, stamp=ProducerStamp(7, offset, 0)))
+            answer = await service.api.produce(request(value, stamp=ProducerStamp(7, 0, offset)))
             assert answer.base_offset == offset
         if moving_already:
             await world.move(first)
