@@ -28,7 +28,6 @@ from streamhouse_cli.sql_running import (
     statement_error,
     write_result,
 )
-from streamhouse_cli.sql_screen import Screen
 from streamhouse_cli.sql_sources import read_source
 from streamhouse_cli.sql_statements import Statement
 from streamhouse_cli.sql_translate import translate
@@ -109,6 +108,8 @@ async def _run_all(
     bootstrap: str, statements: Sequence[Statement], name: str, shape: str, output: str | None, timeout_ms: int | None
 ) -> None:
     from shproto.errors import StreamHouseError
+
+    from streamhouse_cli.sql_screen import Screen
 
     terminal = output is None and is_terminal(sys.stdout)
     styled = terminal and has_styles()

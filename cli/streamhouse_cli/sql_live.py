@@ -7,20 +7,19 @@ kept are those of the result; a result that only grows keeps a screen of rows.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shruntime.tasks import cancel_and_wait
-
 from streamhouse_cli.failures import CliError
 from streamhouse_cli.output import Output
 from streamhouse_cli.sql_formats import Table, cells_of, row_count_text
 
 if TYPE_CHECKING:
+    import asyncio
+
     import pyarrow
     from streamhouse import LiveColumns, SqlResult
 
@@ -187,6 +186,10 @@ class LiveTable:
     ) -> None:
         """Draws the result as its changes come, the first of which is `coming`. Raises the error that ends the
         query."""
+        import asyncio  # here: --help loads this module
+
+        from shruntime.tasks import cancel_and_wait
+
         assert result.live is not None and result.schema is not None, "a live query that has answered"
         schema = result.schema
         rows = rows_of(result.live, schema, self._screen.measured()[1])

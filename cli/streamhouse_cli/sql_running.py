@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import IO, TYPE_CHECKING, Any
 
 import click
-from shruntime.tasks import cancel_and_wait
 
 from streamhouse_cli.failures import CliError, explain
 from streamhouse_cli.options import retry_timeout_ms
@@ -90,6 +88,10 @@ async def write_result(
 ) -> None:
     """Runs the statement of a result, and writes its rows as they come; of a live query its changes, or, with `live`,
     the table that they make. `begin_live` is called before the first of them."""
+    import asyncio  # here: --help loads this module
+
+    from shruntime.tasks import cancel_and_wait
+
     async with aclosing(aiter(result)) as batches:
         # Whether the query is live is known before it has changes.
         first = asyncio.ensure_future(anext(batches, None))
