@@ -13,7 +13,7 @@ import asyncio
 
 from streamhouse import Admin, Producer, Sql, json_serializer
 
-TOPIC = "example-trips"
+TOPIC = "example-live-trips"
 CITIES = ("Oslo", "Bergen", "Bodø")
 BY_CITY = f"""
 SELECT _value ->> '$.city' AS city, count(*) AS trips, sum((_value ->> '$.km')::DOUBLE) AS km

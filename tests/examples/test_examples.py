@@ -350,7 +350,7 @@ def test_sql_live(examples: Examples) -> None:
         shown = dict(part.split(": ") for part in re.split(r", (?=B|O)", last))
         assert shown.keys() == {"Oslo", "Bergen", "Bodø"}
         assert all(said == f"{100 * runs} trips, {225.0 * runs} km" for said in shown.values()), last
-        assert len(examples.records("example-trips")) == 300 * runs
+        assert len(examples.records("example-live-trips")) == 300 * runs
 
 
 def test_sql_queries(examples: Examples) -> None:
