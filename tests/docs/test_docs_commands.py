@@ -132,7 +132,8 @@ def test_the_page_about_partitions(server: str, tmp_path: Path) -> None:
 
 def test_the_page_about_sql(server: str, tmp_path: Path) -> None:
     first, formats = blocks("docs/sql-shell.md", "sh")
-    table, _, error, session, *_ = blocks("docs/sql-shell.md", "")
+    table, _, error, session, live, changes = blocks("docs/sql-shell.md", "")
+    assert "EMIT CHANGES" in live and "EMIT CHANGES" in changes
     assert shell(first, server, tmp_path)[0].endswith(table)
     out, _ = shell(formats, server, tmp_path)
     assert re.fullmatch(r'_offset,_value\n0,"\{""carrier"":""\w\w"",""distance"":\d+\}"\n', out)

@@ -20,7 +20,7 @@ from tests.integration.reading import read_partition, registered_ends
 
 TOPIC, GROUP = "orders", "readers"
 PARTITIONS, RECORDS = 2, 300
-PATIENCE_S = 120  # a machine with four of these beside each other
+PATIENCE_S = 60
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
