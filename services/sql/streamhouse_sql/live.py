@@ -179,7 +179,7 @@ class _Run:
             yield Answer(arrow_stream=to_stream(first.schema, []), rows=0)
             for answer in _answers(first):
                 yield answer
-            gather = Gather(live.reads, live.decoders, plan.inputs, self._places(plan), _limits(live.settings))
+            gather = Gather(live.reads, live.decoders, plan.inputs, self._places(plan), GatherLimits.of(live.settings))
             try:
                 while True:
                     gathered = await gather.next()
@@ -300,12 +300,3 @@ class _Run:
 def _answers(changes: pa.Table) -> list[Answer]:
     parts = responses(changes.schema, iter(changes.to_batches()))
     return [Answer(arrow_stream=stream, rows=rows) for stream, rows in parts]
-
-
-def _limits(settings: SqlSettings) -> GatherLimits:
-    return GatherLimits(
-        gather_ms=settings.sql_gather_ms,
-        rows_max=settings.sql_gather_rows_max,
-        bytes_max=settings.sql_gather_bytes_max,
-        idle_after_ms=settings.sql_idle_after_ms,
-    )

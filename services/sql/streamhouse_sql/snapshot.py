@@ -9,13 +9,13 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from shcluster.index import PartitionIndex
-from shproto.errors import Unavailable, UnknownTopic
+from shproto.errors import StreamHouseError, Unavailable, UnknownTopic
 from shproto.keys import PartitionKey
 from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shread.lookups import Lookups
 from shread.reads import Reads
 from shread.scan import ScanRange
-from shruntime.tasks import Backoff, cancel_and_wait, sleep_ms
+from shruntime.tasks import Backoff, cancel_and_wait, retry
 
 from streamhouse_sql.core.binding import Pushdown, TopicScan
 
@@ -67,18 +67,14 @@ class Snapshot:
     async def _note_end(self, partition: PartitionIndex) -> None:
         clock = self._reads.clock
         deadline_ms = clock.monotonic_ms() + self._read_wait_ms
+
+        def is_final(error: StreamHouseError) -> bool:
+            return not isinstance(error, Unavailable) or clock.monotonic_ms() >= deadline_ms
+
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
         async with self._slots:
-            while True:
-                try:
-                    end, _ = await self._lookups.latest(partition.key, partition.topic)
-                except Unavailable:
-                    if clock.monotonic_ms() >= deadline_ms:
-                        raise
-                    await sleep_ms(backoff.next_ms())
-                    continue
-                self._ends[partition.key] = end
-                return
+            end, _ = await retry(lambda: self._lookups.latest(partition.key, partition.topic), backoff, is_final)
+        self._ends[partition.key] = end
 
     def _partitions(self, scan: TopicScan) -> list[PartitionIndex]:
         cluster = self._reads.index.cluster

@@ -16,16 +16,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from shproto.errors import DataLoss, StreamHouseError, Unavailable
-from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
+from shproto.errors import DataLoss, Unavailable
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
-from shruntime.tasks import Backoff, sleep_ms
 from shstore import ObjectMissing, ObjectStore, StoreError
 from shstore.errors import ObjectExists, RangeBeyondEnd
 
 from streamhouse_sql.jobs import takeover
 from streamhouse_sql.jobs.micro_batch import Checkpoint, StateObject
+from streamhouse_sql.jobs.patience import until_available
 
 log = logging.getLogger(__name__)
 
@@ -99,27 +98,22 @@ class Checkpoints:
     async def point(self, job_id: str, epoch: int, checkpoint: Checkpoint) -> None:
         """Moves the job's pointer to the checkpoint; asks again while no coordinator answers. Raises Fenced,
         InvalidArgument."""
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
-        while True:
-            try:
-                token = self._token()
-                if not token:
-                    raise Unavailable("this worker has no session at the moment")
-                await self._coordinator.store_sql_checkpoint(
-                    pb.StoreSqlCheckpointRequest(
-                        session_token=token,
-                        job_id=job_id,
-                        epoch=epoch,
-                        number=checkpoint.number,
-                        checkpoint=checkpoint.encode(),
-                    )
-                )
-                return
-            except StreamHouseError as error:
-                if not error.retriable:
-                    raise
-                log.info("job %s: checkpoint %d is not stored yet: %s", job_id, checkpoint.number, error.message)
-            await sleep_ms(backoff.next_ms())
+        request = pb.StoreSqlCheckpointRequest(
+            job_id=job_id, epoch=epoch, number=checkpoint.number, checkpoint=checkpoint.encode()
+        )
+
+        async def store() -> None:
+            request.session_token = self._token()
+            if not request.session_token:
+                raise Unavailable("this worker has no session at the moment")
+            await self._coordinator.store_sql_checkpoint(request)
+
+        await until_available(
+            store,
+            lambda error: log.info(
+                "job %s: checkpoint %d is not stored yet: %s", job_id, request.number, error.message
+            ),
+        )
 
     async def delete(self, keys: Sequence[str]) -> None:
         """Deletes objects that no pointer names. What the store keeps now is deleted by the next owner of the job."""

@@ -15,7 +15,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import pyarrow as pa
 from shproto.errors import DataLoss, StreamHouseError, UnknownTopic
@@ -35,6 +36,8 @@ from streamhouse_sql.jobs.micro_batch import (
     ReadRange,
     check_event_time_partitions,
 )
+from streamhouse_sql.jobs.patience import until_available
+from streamhouse_sql.settings import SqlSettings
 from streamhouse_sql.sources import decode_scan
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,16 @@ class GatherLimits:
     rows_max: int
     bytes_max: int
     idle_after_ms: int
+
+    @classmethod
+    def of(cls, settings: SqlSettings) -> Self:
+        """Returns the limits of the settings."""
+        return cls(
+            gather_ms=settings.sql_gather_ms,
+            rows_max=settings.sql_gather_rows_max,
+            bytes_max=settings.sql_gather_bytes_max,
+            idle_after_ms=settings.sql_idle_after_ms,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -377,16 +390,10 @@ async def read_again(
             offset_from=item.offset_from,
             offset_to=item.offset_to,
         )
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
-        while True:
-            try:
-                batches = await _scanned(reads, decoders, wanted, source.columns)
-                break
-            except StreamHouseError as error:
-                if not error.retriable:
-                    raise
-                log.info("micro-batch %d waits for its records: %s", batch.number, error.message)
-            await sleep_ms(backoff.next_ms())
+        batches = await until_available(
+            partial(_scanned, reads, decoders, wanted, source.columns),
+            lambda error: log.info("micro-batch %d waits for its records: %s", batch.number, error.message),
+        )
         records = sum(found.num_rows for found in batches)
         if records != item.records:
             raise DataLoss(

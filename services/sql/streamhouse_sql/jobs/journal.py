@@ -12,10 +12,10 @@ import logging
 from collections.abc import Callable
 
 from shproto.errors import InvalidArgument, StreamHouseError, Unavailable
-from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shproto.services import CoordinatorApi
 from shproto.v1 import coordinator_pb2 as pb
-from shruntime.tasks import Backoff, sleep_ms
+
+from streamhouse_sql.jobs.patience import until_available
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +44,12 @@ class Journal:
                 value=asked.ByteSize(),
                 limit=CALL_BYTES_MAX,
             )
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
-        while True:
-            try:
-                await self._append(asked)
-                return
-            except StreamHouseError as error:
-                if not error.retriable:
-                    raise
-                log.info("job %s: micro-batch %d is not in the journal yet: %s", job_id, number, error.message)
-            await sleep_ms(backoff.next_ms())
+        await until_available(
+            lambda: self._append(asked),
+            lambda error: log.info(
+                "job %s: micro-batch %d is not in the journal yet: %s", job_id, number, error.message
+            ),
+        )
 
     async def _append(self, asked: pb.SqlJobEntry) -> None:
         assert asked.job_id not in self._waiting, "a job notes one micro-batch after the other"

@@ -25,6 +25,7 @@ from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
 from shruntime.tasks import Backoff, cancel_and_wait, sleep_ms
 
 from streamhouse_sql.jobs.encode import HEADER, Encoded
+from streamhouse_sql.jobs.patience import until_available
 
 log = logging.getLogger(__name__)
 
@@ -221,17 +222,9 @@ class Output:
             await self._fenced(partition.writer)
 
     async def _fenced(self, writer: Writer) -> Fence:
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
-        while True:
-            try:
-                fence = await writer.fence()
-                self.trouble = ""
-                return fence
-            except StreamHouseError as error:
-                if not error.retriable:
-                    raise
-                self._note(error)
-            await sleep_ms(backoff.next_ms())
+        fence = await until_available(writer.fence, self._note)
+        self.trouble = ""
+        return fence
 
     def _note(self, error: StreamHouseError) -> None:
         self.trouble = error.message

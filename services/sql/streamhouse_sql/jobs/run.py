@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,15 +21,14 @@ from shproto.errors import (
     DataLoss,
     Fenced,
     ProducerFenced,
-    StreamHouseError,
     Unavailable,
     UnknownTopic,
 )
 from shproto.keys import PartitionKey, TopicId
-from shproto.limits import RETRY_FIRST_MS, RETRY_MS_MAX
+from shproto.limits import RETRY_MS_MAX
 from shproto.v1 import coordinator_pb2 as pb
 from shread.reads import Reads
-from shruntime.tasks import Backoff, cancel_and_wait, run_to_end, run_until_first_ends, sleep_ms, until_done
+from shruntime.tasks import cancel_and_wait, run_to_end, run_until_first_ends, until_done
 
 from streamhouse_sql import telemetry
 from streamhouse_sql.core.continuous.model import JobPlan
@@ -40,6 +39,7 @@ from streamhouse_sql.jobs.gather import Gather, Gathered, GatherLimits, read_aga
 from streamhouse_sql.jobs.journal import Journal
 from streamhouse_sql.jobs.micro_batch import Checkpoint, InputPosition, MicroBatch, advanced
 from streamhouse_sql.jobs.output import Output, Writer
+from streamhouse_sql.jobs.patience import until_available
 from streamhouse_sql.jobs.programs import Programs
 from streamhouse_sql.pipeline import Pipeline, Step
 from streamhouse_sql.settings import SqlSettings
@@ -234,7 +234,11 @@ class JobRun:
         self._is_ready = True
         log.info("job %s: epoch %d goes on behind micro-batch %d", self.job.job, self.job.epoch, self._place.number)
         gather = self._gather = Gather(
-            self._parts.reads, self._parts.decoders, self.plan_now.inputs, self._place.inputs, self._limits()
+            self._parts.reads,
+            self._parts.decoders,
+            self.plan_now.inputs,
+            self._place.inputs,
+            GatherLimits.of(self._settings),
         )
         try:
             await run_until_first_ends({"job steps": self._go_on(gather), "job checkpoints": self._save_all()})
@@ -446,16 +450,8 @@ class JobRun:
             watermark_us=place.watermark_us,
         )
 
-    async def _until_available(self, call: Callable[[], Any]) -> Any:
-        backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
-        while True:
-            try:
-                return await call()
-            except StreamHouseError as error:
-                if not error.retriable:
-                    raise
-                log.info("job %s waits: %s", self.job.job, error.message)
-            await sleep_ms(backoff.next_ms())
+    async def _until_available(self, call: Callable[[], Awaitable[T]]) -> T:
+        return await until_available(call, lambda error: log.info("job %s waits: %s", self.job.job, error.message))
 
     # ---- the program's thread
 
@@ -485,12 +481,3 @@ class JobRun:
         for part in (pipeline, encoder):
             if part is not None:
                 await in_daemon(part.close, "job program")
-
-    def _limits(self) -> GatherLimits:
-        settings = self._settings
-        return GatherLimits(
-            gather_ms=settings.sql_gather_ms,
-            rows_max=settings.sql_gather_rows_max,
-            bytes_max=settings.sql_gather_bytes_max,
-            idle_after_ms=settings.sql_idle_after_ms,
-        )

@@ -21,7 +21,7 @@ from shproto.services import CoordinatorApi, SqlApi
 from shproto.v1 import coordinator_pb2 as pb
 from shproto.v1 import sql_pb2
 from shruntime.clock import Clock
-from shruntime.tasks import Backoff, cancel_and_wait, sleep_ms
+from shruntime.tasks import Backoff, cancel_and_wait, retry
 
 from streamhouse_sql.core.continuous.names import quoted, text_of
 from streamhouse_sql.jobs.run import Equals
@@ -117,14 +117,12 @@ class Views:
         that is being taken over, for `sql_read_wait_ms`. `is_local`: the caller asks the worker that holds the job.
         Raises Unavailable, InvalidStatement for a job that is paused or has failed, StatementLimit."""
         deadline_ms = self._clock.monotonic_ms() + self._settings.sql_read_wait_ms
+
+        def is_final(error: StreamHouseError) -> bool:
+            return is_local or not isinstance(error, Unavailable) or self._clock.monotonic_ms() >= deadline_ms
+
         backoff = Backoff(RETRY_FIRST_MS, RETRY_MS_MAX)
-        while True:
-            try:
-                return await self._table(name, equals, is_local)
-            except Unavailable:
-                if is_local or self._clock.monotonic_ms() >= deadline_ms:
-                    raise
-            await sleep_ms(backoff.next_ms())
+        return await retry(lambda: self._table(name, equals, is_local), backoff, is_final)
 
     async def _table(self, name: str, equals: Equals, is_local: bool) -> Any:
         run = self._worker.runs.get(name)
