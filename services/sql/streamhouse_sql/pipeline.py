@@ -32,11 +32,11 @@ from streamhouse_sql.core.continuous.model import (
     JobPlan,
     SourceProgram,
 )
-from streamhouse_sql.core.continuous.names import quoted, text_of
 from streamhouse_sql.core.continuous.options import options_of
 from streamhouse_sql.core.continuous.plan import planned
 from streamhouse_sql.core.continuous.statements import ContinuousQuery
 from streamhouse_sql.core.continuous.watermark import Watermarks, crossed
+from streamhouse_sql.core.quoting import literal, quoted
 from streamhouse_sql.core.tables import TableDefinition, record_columns_of
 from streamhouse_sql.decoding import decode_table
 from streamhouse_sql.ports import Interrupted, JobEngine
@@ -319,7 +319,7 @@ class Pipeline:
         if kept == records:
             return 0, _BAD.empty_table()
         places = self._engine.fetch(
-            f'SELECT {text_of(source.topic)} AS topic, "_partition" AS partition, "_offset" AS "offset", '
+            f'SELECT {literal(source.topic)} AS topic, "_partition" AS partition, "_offset" AS "offset", '
             f"'the value does not fit the columns of table {source.name}' AS reason FROM {source.raw} "
             f'ANTI JOIN {source.table} ON {quoted(PARTITION)} = "_partition" AND {quoted(OFFSET)} = "_offset" '
             f"ORDER BY ALL LIMIT {PLACES_MAX}"
@@ -342,7 +342,7 @@ class Pipeline:
         if not late:
             return 0, _PLACES.empty_table()
         places = self._engine.fetch(
-            f'SELECT {text_of(source.topic)} AS topic, {quoted(PARTITION)} AS partition, {quoted(OFFSET)} AS "offset" '
+            f'SELECT {literal(source.topic)} AS topic, {quoted(PARTITION)} AS partition, {quoted(OFFSET)} AS "offset" '
             f"FROM {source.table} WHERE {source.time} < {border} ORDER BY ALL LIMIT {PLACES_MAX}"
         )
         self._engine.run(f"DELETE FROM {source.table} WHERE {source.time} < {border}")

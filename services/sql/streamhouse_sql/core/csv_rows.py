@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from shproto.errors import InvalidStatement
 
+from streamhouse_sql.core.quoting import literal
+
 # Names that no declared column has: they have blanks.
 LINES, LINE, NUMBER, FIELDS = '"lines of the value"', '"line of the value"', '"number of the line"', '"fields of it"'
 # In place of the delimiters and line ends that are outside of quotes. A line that has one of them itself has other
@@ -63,7 +65,7 @@ def lines_of(options: CsvOptions, scan: str, fields: Sequence[tuple[int, str]], 
     """Returns the SQL of a subquery: a row for each line of each value of the scan, with the texts of these fields
     (place in the line from 0, name) as columns. A null value is one row, and all of its texts are NULL. `is_numbered`:
     with the number of the line in its value, from 1."""
-    newline, quote, delimiter = "chr(10)", _literal(options.quote), _literal(options.delimiter)
+    newline, quote, delimiter = "chr(10)", literal(options.quote), literal(options.delimiter)
     plain = f'replace("_value", chr(13) || {newline}, {newline})'
     # A line end behind the last line begins no other.
     plain = f'CASE WHEN ends_with("_value", {newline}) THEN left({plain}, -1) ELSE {plain} END'
@@ -97,7 +99,7 @@ def is_malformed(options: CsvOptions, fields: int) -> str:
     allow."""
     if not options.quote:
         return f"coalesce(len({FIELDS}) <> {fields}, false)"
-    quote = _literal(options.quote)
+    quote = literal(options.quote)
     inside = f"replace({_without_quotes('f')}, {quote} || {quote}, '')"
     closed = f"starts_with(f, {quote}) AND ends_with(f, {quote}) AND length(f) > 1 AND NOT contains({inside}, {quote})"
     wrong = f"list_filter({FIELDS}, lambda f: contains(f, {quote}) AND NOT ({closed}))"
@@ -110,9 +112,9 @@ def is_malformed(options: CsvOptions, fields: int) -> str:
 
 def _text(options: CsvOptions, place: int) -> str:
     field = f"{FIELDS}[{place + 1}]"
-    text = f"CASE WHEN {field} = {_literal(options.null_text)} THEN NULL"
+    text = f"CASE WHEN {field} = {literal(options.null_text)} THEN NULL"
     if options.quote:
-        quote = _literal(options.quote)
+        quote = literal(options.quote)
         text += f" WHEN starts_with({field}, {quote}) THEN "
         text += f"replace({_without_quotes(field)}, {quote} || {quote}, {quote})"
     return f"{text} ELSE {field} END"
@@ -120,7 +122,3 @@ def _text(options: CsvOptions, place: int) -> str:
 
 def _without_quotes(field: str) -> str:
     return f"left(right({field}, -1), -1)"
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

@@ -19,6 +19,7 @@ from streamhouse_sql.core.columns import RECORD_COLUMNS
 from streamhouse_sql.core.csv_rows import CsvOptions, csv_options, is_malformed, lines_of, text_of
 from streamhouse_sql.core.dialect import StreamHouse
 from streamhouse_sql.core.protobuf_schema import ProtobufSchema
+from streamhouse_sql.core.quoting import literal
 from streamhouse_sql.core.shapes import Shape, shape_of
 
 FORMATS = ("json", "text", "csv", "avro", "protobuf")
@@ -437,8 +438,8 @@ def relation_of(table: TableDefinition, scan: str, fields: Sequence[TableColumn]
         texts = [(places[column.name], column.name) for column in fields]
         return lines_of(table.csv, scan, texts, is_numbered=is_numbered)
     if table.format == "json" and fields:
-        shape = json.dumps({column.name: column.type for column in fields}).replace("'", "''")
-        row = f'CASE WHEN json_valid("_value") THEN json_transform("_value", \'{shape}\') END AS {_ROW}'
+        shape = literal(json.dumps({column.name: column.type for column in fields}))
+        row = f'CASE WHEN json_valid("_value") THEN json_transform("_value", {shape}) END AS {_ROW}'
         return f"(SELECT *, {row} FROM {scan})"
     return scan
 
@@ -499,12 +500,11 @@ def _unless(table: TableDefinition, bad: str) -> str:
     """Returns a condition that is false for a bad row, or ends the query with its place, as the table says."""
     if table.bad_rows == "skip":
         return f"NOT ({bad})"
-    topic = table.topic.replace("'", "''")
-    place = f"'{topic}/' || \"_partition\" || ': the value at offset ' || \"_offset\""
+    place = f'{literal(f"{table.topic}/")} || "_partition" || \': the value at offset \' || "_offset"'
     return f"CASE WHEN {bad} THEN error({place} || ' does not fit the columns of table {table.name}') ELSE true END"
 
 
 def _has_field(column: TableColumn) -> str:
     """Returns a condition: the value has the field, and it is not null."""
-    path = json.dumps(column.name).replace("'", "''")
-    return f"coalesce(json_type(\"_value\", '$.{path}'), 'NULL') <> 'NULL'"
+    path = literal(f"$.{json.dumps(column.name)}")
+    return f"coalesce(json_type(\"_value\", {path}), 'NULL') <> 'NULL'"

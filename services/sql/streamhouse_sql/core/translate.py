@@ -31,6 +31,7 @@ from sqlglot.tokens import Tokenizer
 from streamhouse_sql.core.columns import COLUMN_NAMES
 from streamhouse_sql.core.continuous.statements import ContinuousQuery, parse_job_statement, without_emit
 from streamhouse_sql.core.dialect import StreamHouse
+from streamhouse_sql.core.quoting import literal
 from streamhouse_sql.core.statement import CreateTable, DropTable, one_tree, parse
 from streamhouse_sql.core.tables import TableColumn, TableDefinition
 from streamhouse_sql.core.windows import Window, with_placeholders
@@ -526,7 +527,7 @@ class _Translator:
             assert table.csv is not None
             if table.csv.quote != '"' or table.csv.null_text:
                 raise self._lacks("quote and null_text of format csv")
-            return f"CSV (without_header = 'true', delimiter = {_literal(table.csv.delimiter)})", shown, lines
+            return f"CSV (without_header = 'true', delimiter = {literal(table.csv.delimiter)})", shown, lines
         field_ = self._quoted(table.fields[0].name)
         text = f"CONVERT_FROM({self._quoted('_rw_value')}, 'utf8') AS {field_}"
         shown = [text if column == field_ else column for column in shown]
@@ -545,7 +546,7 @@ class _Translator:
         else:
             notes.append("bad_rows = 'skip': a bad row has NULL in all of its fields")
         text, row, mode = "CAST(`value` AS STRING)", "`row of the value`", _MODES[table.bad_rows]
-        schema = _literal(", ".join(f"{self._quoted(field.name)} {self._column_type(field)}" for field in table.fields))
+        schema = literal(", ".join(f"{self._quoted(field.name)} {self._column_type(field)}" for field in table.fields))
         parsed = ""
         if table.format == "json" and table.fields:
             parsed = f", FROM_JSON({text}, {schema}, MAP('mode', '{mode}')) AS {row}"
@@ -554,7 +555,7 @@ class _Translator:
             csv = table.csv
             options = {"mode": mode, "sep": csv.delimiter, "quote": csv.quote, "nullValue": csv.null_text}
             # A backslash begins an escape in Spark's texts.
-            given = ", ".join(f"'{name}', {_literal(value)}" for name, value in options.items()).replace("\\", "\\\\")
+            given = ", ".join(f"'{name}', {literal(value)}" for name, value in options.items()).replace("\\", "\\\\")
             parsed = f", FROM_CSV({text}, {schema}, MAP({given})) AS {row}"
         inner, outer = [], []
         for column in table.columns:
@@ -571,7 +572,7 @@ class _Translator:
             else:
                 inner.append(f"{text if table.format == 'text' else f'{row}.{name}'} AS {name}")
         records = self._quoted(f"{table.name}_records")
-        given = f"bootstrap {_literal(self._servers)}, topic {_literal(table.topic)}"
+        given = f"bootstrap {literal(self._servers)}, topic {literal(table.topic)}"
         rows = f"SELECT *{parsed} FROM {records}"
         required = [f"{self._quoted(column.name)} IS NOT NULL" for column in table.fields if column.not_null]
         where = f"\nWHERE {' AND '.join(required)}" if required else ""
@@ -698,7 +699,7 @@ def _flink_format(table: TableDefinition) -> tuple[dict[str, str], tuple[str, ..
 def _with(options: Mapping[str, str], *, quoted: bool) -> str:
     """Returns the clause WITH, the names of its options as texts or as they are."""
     mark = "'" if quoted else ""
-    lines = ",\n  ".join(f"{mark}{name}{mark} = {_literal(value)}" for name, value in options.items())
+    lines = ",\n  ".join(f"{mark}{name}{mark} = {literal(value)}" for name, value in options.items())
     return f"WITH (\n  {lines}\n)"
 
 
@@ -726,10 +727,6 @@ def _first_words(text: str) -> str:
     words = [token.text.upper() for token in StreamHouse().tokenize(text)[:3]]
     words = words[: 3 if "MATERIALIZED" in words else 2]
     return " ".join(words) if words[0] in ("CREATE", "DROP", "ALTER", "SHOW", "INSERT") else words[0]
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _unquoted(name: str) -> str:

@@ -18,6 +18,7 @@ from sqlglot.errors import SqlglotError, TokenError
 from sqlglot.tokenizer_core import Token, TokenType
 
 from streamhouse_sql.core.dialect import StreamHouse
+from streamhouse_sql.core.quoting import quoted
 
 # Arguments behind table and time column, by their names.
 ARGUMENTS = {
@@ -229,7 +230,7 @@ def _table(function: str, tokens: Sequence[Token], text: str) -> tuple[str, tupl
     written = _text(name, text)
     if name[0].token_type is TokenType.L_PAREN and not written.startswith("("):
         raise InvalidStatement(f"{function}: {written} is no table", clause=function)
-    return written, tuple(_quoted(token) for token in keys if token.token_type is not TokenType.COMMA)
+    return written, tuple(quoted(token.text) for token in keys if token.token_type is not TokenType.COMMA)
 
 
 def _time(function: str, tokens: Sequence[Token]) -> str:
@@ -237,12 +238,8 @@ def _time(function: str, tokens: Sequence[Token]) -> str:
         tokens = tokens[2:-1]
     if len(tokens) != 1:
         raise InvalidStatement(f"{function} needs one time column: DESCRIPTOR(column)", clause="DESCRIPTOR")
-    return _quoted(tokens[0])
-
-
-def _quoted(name: Token) -> str:
-    """Returns a name in quotes: `at` and others are words of DuckDB's, and are columns here."""
-    return '"' + name.text.replace('"', '""') + '"'
+    # `at` and others are words of DuckDB's, and are columns here.
+    return quoted(tokens[0].text)
 
 
 def microseconds(function: str, name: str, text: str) -> int:

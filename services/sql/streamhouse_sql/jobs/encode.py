@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from shformat import BytesColumn
 from shformat.murmur2 import partitions_of
 
+from streamhouse_sql.core.quoting import literal, quoted
 from streamhouse_sql.ports import Engine
 
 OP = "_op"
@@ -78,8 +79,8 @@ class Encoder:
         key = next((name for name in columns if name in KEY_COLUMNS), None)
         fields = [name for name in columns if name not in (value, key)]
         self._has_key = key is not None or bool(key_columns)
-        written = _quoted(value) if value is not None else json_of(fields)
-        identity = _quoted(key) if key is not None else json_of(key_columns)
+        written = quoted(value) if value is not None else json_of(fields)
+        identity = quoted(key) if key is not None else json_of(key_columns)
         self._sql = f"SELECT {written} AS value" + (f", {identity} AS key" if self._has_key else "") + " FROM result"
 
     def encode(self, rows: Any) -> Encoded:
@@ -121,13 +122,9 @@ def check_columns(columns: Sequence[str]) -> str:
     return ""
 
 
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
 def json_of(columns: Sequence[str]) -> str:
     """Returns the expression of a JSON object of these columns."""
-    fields = ", ".join(f"'{name.replace(chr(39), chr(39) * 2)}': {_quoted(name)}" for name in columns)
+    fields = ", ".join(f"{literal(name)}: {quoted(name)}" for name in columns)
     return f"CAST(to_json({{{fields}}}) AS VARCHAR)"
 
 

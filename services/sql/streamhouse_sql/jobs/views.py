@@ -23,7 +23,7 @@ from shproto.v1 import sql_pb2
 from shruntime.clock import Clock
 from shruntime.tasks import Backoff, cancel_and_wait, retry
 
-from streamhouse_sql.core.continuous.names import quoted, text_of
+from streamhouse_sql.core.quoting import literal, quoted
 from streamhouse_sql.jobs.run import Equals
 from streamhouse_sql.jobs.worker import JobWorker
 from streamhouse_sql.settings import SqlSettings
@@ -146,7 +146,7 @@ class Views:
         return await self._remote(name, job, equals)
 
     async def _remote(self, name: str, job: pb.SqlJobInfo, equals: Equals) -> Any:
-        values = (f"{quoted(column)} = {text_of(x) if isinstance(x, str) else x}" for column, x in equals)
+        values = (f"{quoted(column)} = {literal(x) if isinstance(x, str) else x}" for column, x in equals)
         where = f" WHERE {' AND '.join(values)}" if equals else ""
         request = sql_pb2.ExecuteRequest(statement=f"SELECT * FROM {quoted(name)}{where}", local_views=True)
         answers = self._sql_at(job.worker_address).execute(request)

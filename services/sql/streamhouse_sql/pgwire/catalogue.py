@@ -22,8 +22,8 @@ from shproto.errors import InvalidStatement, StatementLimit, StatementTimeout, S
 
 from streamhouse_sql.arrow import schema_of
 from streamhouse_sql.core.binding import WRITTEN_IN, BoundQuery, with_suggestion
-from streamhouse_sql.core.continuous.names import quoted
 from streamhouse_sql.core.parameters import Parameters, tables_named, typed
+from streamhouse_sql.core.quoting import quoted
 from streamhouse_sql.core.statement import query_of_table
 from streamhouse_sql.core.tables import TableDefinition
 from streamhouse_sql.pgwire.core import catalogue_rows

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from streamhouse_sql.core.continuous.model import WEIGHT, Expiry, Guard, Op, StateInfo
-from streamhouse_sql.core.continuous.names import quoted
+from streamhouse_sql.core.quoting import quoted
 
 NOTHING_BOUNDS = ""
 

@@ -29,12 +29,12 @@ from streamhouse_sql.core.continuous.model import (
     SourceProgram,
     StateInfo,
 )
-from streamhouse_sql.core.continuous.names import quoted
 from streamhouse_sql.core.continuous.nodes import Group, Join, Node, Scan, Select, TopN, Union, Windowed, sources_of
 from streamhouse_sql.core.continuous.pairs import pairs
 from streamhouse_sql.core.continuous.sessions import sessions
 from streamhouse_sql.core.continuous.top_n import top_n
 from streamhouse_sql.core.continuous.upserts import DEAD, upserts
+from streamhouse_sql.core.quoting import quoted
 from streamhouse_sql.core.tables import BINARY_FORMATS, decodes_in_arrow, needed_columns, record_columns_of, select_of
 
 # Hidden columns of a relation whose rows are records: the place that breaks ties.

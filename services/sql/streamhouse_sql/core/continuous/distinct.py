@@ -14,8 +14,8 @@ from shproto.errors import InvalidStatement
 from streamhouse_sql.core.continuous.aggregates import Aggregate
 from streamhouse_sql.core.continuous.build import Builder, listed, same
 from streamhouse_sql.core.continuous.model import WEIGHT
-from streamhouse_sql.core.continuous.names import quoted
 from streamhouse_sql.core.continuous.nodes import Group
+from streamhouse_sql.core.quoting import quoted
 
 FILTERS_MAX = 63
 

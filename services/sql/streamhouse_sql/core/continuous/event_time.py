@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from shproto.errors import InvalidStatement
 
 from streamhouse_sql.core.continuous.model import Guard
-from streamhouse_sql.core.continuous.names import quoted
 from streamhouse_sql.core.continuous.nodes import WINDOW_COLUMNS, Node, Select, Windowed
+from streamhouse_sql.core.quoting import quoted
 from streamhouse_sql.core.windows import Window
 
 _WITH_ZONE = {"TIMESTAMPTZ", "TIMESTAMP WITH TIME ZONE"}

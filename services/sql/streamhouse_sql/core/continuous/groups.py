@@ -24,8 +24,8 @@ from streamhouse_sql.core.continuous.build import Builder, Relation, listed, sam
 from streamhouse_sql.core.continuous.distinct import CountedValues, DistinctSets
 from streamhouse_sql.core.continuous.event_time import Below, aligned, guard_of, step_of, timestamp
 from streamhouse_sql.core.continuous.model import AFTER_US, BEFORE_US, NOW_US, WEIGHT, Expiry
-from streamhouse_sql.core.continuous.names import quoted
 from streamhouse_sql.core.continuous.nodes import Group
+from streamhouse_sql.core.quoting import quoted
 
 ROWS = "#n"
 CHANGED = "#c"

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from shproto.errors import InvalidStatement
 from sqlglot import exp
 
-from streamhouse_sql.core.continuous.names import Scope, conjuncts, quoted, resolved, written
+from streamhouse_sql.core.continuous.names import Scope, conjuncts, resolved, written
 from streamhouse_sql.core.continuous.nodes import Join, Node
 from streamhouse_sql.core.dialect import Verbatim
+from streamhouse_sql.core.quoting import quoted
 from streamhouse_sql.core.windows import microseconds
 
 Tables = list[tuple[str, Mapping[str, str]]]

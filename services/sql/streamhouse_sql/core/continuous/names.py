@@ -48,16 +48,6 @@ OTHER_AGGREGATES = {
 }  # fmt: skip
 
 
-def quoted(name: str) -> str:
-    """Returns a name as it is written in SQL."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def text_of(name: str) -> str:
-    """Returns a text as it is written in SQL."""
-    return "'" + name.replace("'", "''") + "'"
-
-
 @dataclass(frozen=True, slots=True)
 class Scope:
     """Columns that an expression may name. `tables`: (alias, {name in small letters: name inside of the program});

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamhouse_sql.core.continuous.aggregates import Aggregate
+from streamhouse_sql.core.quoting import quoted
 from streamhouse_sql.core.tables import TableDefinition
 from streamhouse_sql.core.windows import Window
 
@@ -145,10 +146,10 @@ def identity(node: Node) -> tuple[tuple[str, str], ...]:
     if isinstance(node, Join):
         needed = [{name for name, _ in identity(side)} for side in (node.left, node.right)]
         return tuple(
-            (name, '"' + name.replace('"', '""') + '"')
+            (name, quoted(name))
             for side, names, known in zip((node.left, node.right), node.names, needed, strict=True)
             for column, name in zip(side.columns, names, strict=True)
             if column in known
         )
     columns = [name for name in node.columns if not isinstance(node, Scan) or name in node.needed]
-    return tuple((name, '"' + name.replace('"', '""') + '"') for name in columns)
+    return tuple((name, quoted(name)) for name in columns)

@@ -13,8 +13,8 @@ from shproto.errors import InvalidStatement
 
 from streamhouse_sql.core.continuous.build import Builder, Relation, duration, listed, same
 from streamhouse_sql.core.continuous.model import AFTER_US, NOW_US, OFFSET, PARTITION, WEIGHT, Expiry, Guard
-from streamhouse_sql.core.continuous.names import quoted
 from streamhouse_sql.core.continuous.nodes import Join
+from streamhouse_sql.core.quoting import quoted
 
 CHANGED = "#c"
 AT = "#at"

@@ -12,7 +12,7 @@ from sqlglot import exp
 from streamhouse_sql.core.columns import COLUMN_NAMES
 from streamhouse_sql.core.continuous.aggregates import Aggregate, aggregate_of, has_aggregate
 from streamhouse_sql.core.continuous.joins import Tables, joined
-from streamhouse_sql.core.continuous.names import Scope, check_marks, conjuncts, quoted, resolved, written
+from streamhouse_sql.core.continuous.names import Scope, check_marks, conjuncts, resolved, written
 from streamhouse_sql.core.continuous.nodes import (
     Group,
     Node,
@@ -26,6 +26,7 @@ from streamhouse_sql.core.continuous.nodes import (
 from streamhouse_sql.core.continuous.prune import pruned
 from streamhouse_sql.core.continuous.statements import ContinuousQuery, parse_query
 from streamhouse_sql.core.dialect import Verbatim
+from streamhouse_sql.core.quoting import quoted
 from streamhouse_sql.core.tables import TableDefinition
 from streamhouse_sql.core.windows import Window
 

@@ -13,8 +13,8 @@ from streamhouse_sql.core.continuous.build import Builder, Relation, listed, sam
 from streamhouse_sql.core.continuous.event_time import Below, aligned, timestamp
 from streamhouse_sql.core.continuous.groups import Columns, columns_of, key_of, shown_windows
 from streamhouse_sql.core.continuous.model import AFTER_US, WEIGHT, Guard
-from streamhouse_sql.core.continuous.names import quoted
 from streamhouse_sql.core.continuous.nodes import Group
+from streamhouse_sql.core.quoting import quoted
 
 _EACH_ADVANCE = Guard(step_us=1, offset_us=0)
 

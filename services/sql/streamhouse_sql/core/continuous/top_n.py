@@ -12,8 +12,8 @@ from shproto.errors import InvalidStatement
 
 from streamhouse_sql.core.continuous.build import Builder, Relation, listed, same
 from streamhouse_sql.core.continuous.model import AFTER_US, INPUT, NOW_US, OFFSET, PARTITION, WEIGHT, Expiry
-from streamhouse_sql.core.continuous.names import quoted
 from streamhouse_sql.core.continuous.nodes import TopN
+from streamhouse_sql.core.quoting import quoted
 
 RANK = "#number"
 CHANGED = "#c"

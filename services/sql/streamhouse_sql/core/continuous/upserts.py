@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from streamhouse_sql.core.continuous.build import Builder, Relation, listed, same
 from streamhouse_sql.core.continuous.model import NOW_US, OFFSET, PARTITION, WEIGHT, Expiry
-from streamhouse_sql.core.continuous.names import quoted
+from streamhouse_sql.core.quoting import quoted
 from streamhouse_sql.core.tables import TableDefinition
 
 DEAD = "#dead"
