@@ -119,6 +119,16 @@ def listed(columns: Sequence[str], table: str = "") -> str:
     return ", ".join((f"{table}." if table else "") + quoted(column) for column in columns)
 
 
+def differences(before: str, after: str) -> str:
+    """Returns the rows that are in one of two results and not in the other, each with its weight: -1 for one that was
+    there before, 1 for one that is there now."""
+    weight = quoted(WEIGHT)
+    return (
+        f"SELECT *, -1 AS {weight} FROM (({before}) EXCEPT ALL ({after})) UNION ALL "
+        f"SELECT *, 1 AS {weight} FROM (({after}) EXCEPT ALL ({before}))"
+    )
+
+
 def kept_result(builder: Builder, change: Relation) -> str:
     """Keeps the result of a view that no other state has. Returns a SELECT of it."""
     shown = listed(change.columns)

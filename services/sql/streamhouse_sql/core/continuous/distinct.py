@@ -118,13 +118,6 @@ class DistinctSets:
             )
         return partial
 
-    def followers(self, state: str, keys: Sequence[str]) -> list[str]:
-        """Returns statements that forget the values of groups that were forgotten."""
-        return [
-            f"DELETE FROM {table} AS t WHERE NOT EXISTS (SELECT 1 FROM {state} AS s WHERE {same('s', 't', keys)})"
-            for table in self.tables
-        ]
-
     # ---- once, when windows end
 
     def insert(self, source: str) -> None:
@@ -218,10 +211,3 @@ class CountedValues:
                 f"ON {same('g', 'q', names)}"
             )
         return partial
-
-    def followers(self, state: str, keys: Sequence[str]) -> list[str]:
-        """Returns statements that forget the values of groups that were forgotten."""
-        return [
-            f"DELETE FROM {table} AS t WHERE NOT EXISTS (SELECT 1 FROM {state} AS s WHERE {same('s', 't', keys)})"
-            for table in self.tables
-        ]

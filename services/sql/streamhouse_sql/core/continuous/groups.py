@@ -137,17 +137,17 @@ def grouped(
         f"SELECT {', '.join(terms)} FROM ({partial}) AS p LEFT JOIN {state} AS s ON {same('p', 's', columns.keys)}",
     )
     _merge(builder, state, change, columns)
+    values = [table for tables in (sets, counted) if tables is not None for table in tables.tables]
     if builder.options.ttl_us:
-        follow: list[str] = []
-        for values in (sets, counted):
-            follow += values.followers(state, columns.keys) if values is not None else []
+        # Values of groups that were forgotten are forgotten, too.
+        there = f"SELECT 1 FROM {state} AS s WHERE {same('s', 't', columns.keys)}"
+        follow = tuple(f"DELETE FROM {table} AS t WHERE NOT EXISTS ({there})" for table in values)
         builder.expiries.append(
-            Expiry(table=state, column=quoted(CHANGED), ttl_us=builder.options.ttl_us, follow=tuple(follow))
+            Expiry(table=state, column=quoted(CHANGED), ttl_us=builder.options.ttl_us, follow=follow)
         )
     if windows and not keeps_windows:
         guard = guard_of(below.node.window) if below is not None else None
-        tables = [values.tables for values in (sets, counted) if values is not None]
-        for table in (state, *(table for some in tables for table in some)):
+        for table in (state, *values):
             builder.do(f"DELETE FROM {table} WHERE {_end_of(windows, below)} <= {AFTER_US}", guard)
     return _changes(node, columns, change, windows), result_of(node, columns, state)
 

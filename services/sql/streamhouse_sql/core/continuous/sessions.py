@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from shproto.errors import InvalidStatement
 
-from streamhouse_sql.core.continuous.build import Builder, Relation, listed, same
+from streamhouse_sql.core.continuous.build import Builder, Relation, differences, listed, same
 from streamhouse_sql.core.continuous.event_time import Below, aligned, timestamp
 from streamhouse_sql.core.continuous.groups import Columns, columns_of, key_of, shown_windows
-from streamhouse_sql.core.continuous.model import AFTER_US, WEIGHT, Guard
+from streamhouse_sql.core.continuous.model import AFTER_US, Guard
 from streamhouse_sql.core.continuous.nodes import Group
 from streamhouse_sql.core.quoting import quoted
 
@@ -67,10 +67,8 @@ def sessions(builder: Builder, node: Group, source: Relation, below: Below) -> R
     builder.do(f"DELETE FROM {state} WHERE {has_ended}", _EACH_ADVANCE)
     before = _shown(node, f"SELECT * FROM {old}", columns, windows, below)
     after = _shown(node, f"SELECT * FROM {merged}", columns, windows, below)
-    weight = quoted(WEIGHT)
     return Relation(
-        sql=f"SELECT *, -1 AS {weight} FROM (({before}) EXCEPT ALL ({after})) UNION ALL "
-        f"SELECT *, 1 AS {weight} FROM (({after}) EXCEPT ALL ({before}))",
+        sql=differences(before, after),
         columns=node.columns,
         is_changelog=True,
         # Sessions of a key that are merged leave one whose start another had.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from shproto.errors import InvalidStatement
 
-from streamhouse_sql.core.continuous.build import Builder, Relation, listed, same
+from streamhouse_sql.core.continuous.build import Builder, Relation, differences, listed, same
 from streamhouse_sql.core.continuous.model import AFTER_US, INPUT, NOW_US, OFFSET, PARTITION, WEIGHT, Expiry
 from streamhouse_sql.core.continuous.nodes import TopN
 from streamhouse_sql.core.quoting import quoted
@@ -54,10 +54,6 @@ def top_n(builder: Builder, node: TopN, source: Relation, window_end: str = "") 
     shown = [*source.columns, *([RANK] if node.rank else [])]
     before, after = (f"SELECT {listed(shown)} FROM {table}" for table in (old, new))
     weight = quoted(WEIGHT)
-    changes = (
-        f"SELECT *, -1 AS {weight} FROM (({before}) EXCEPT ALL ({after})) UNION ALL "
-        f"SELECT *, 1 AS {weight} FROM (({after}) EXCEPT ALL ({before}))"
-    )
     renamed = [f"{quoted(RANK)} AS {quoted(node.rank)}"] if node.rank else []
     names = {quoted(name) for name in source.columns}
     key: tuple[str, ...] | None = None
@@ -65,7 +61,7 @@ def top_n(builder: Builder, node: TopN, source: Relation, window_end: str = "") 
         key = tuple(sql[1:-1].replace('""', '"') for sql in node.partition)
         key = (*key, node.rank) if node.limit > 1 else key
     return Relation(
-        sql=f"SELECT {', '.join([*map(quoted, source.columns), *renamed, weight])} FROM ({changes})",
+        sql=f"SELECT {', '.join([*map(quoted, source.columns), *renamed, weight])} FROM ({differences(before, after)})",
         columns=node.columns,
         is_changelog=True,
         key=key,
