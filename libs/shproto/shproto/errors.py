@@ -44,9 +44,11 @@ class StreamHouseError(Exception):
         self.details = {name: _shortened(str(value), DETAIL_CHARS_MAX) for name, value in details.items()}
 
     def __init_subclass__(cls, *, internal: bool = False) -> None:
-        """Registers the reason, and gives the class its public module. internal: only services meet the error, and
-        `streamhouse.errors` does not have it."""
-        cls.registry[cls.reason] = cls
+        """Registers the reason, and gives the class its public module. A class without a reason of its own is a case
+        of the one above, within a process: errors from elsewhere are not made into it. internal: only services meet the
+        error, and `streamhouse.errors` does not have it."""
+        if "reason" in cls.__dict__:
+            cls.registry[cls.reason] = cls
         if cls.__module__ == __name__ and not internal:
             cls.__module__ = PUBLIC_MODULE
 

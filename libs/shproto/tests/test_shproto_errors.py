@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from shproto.errors import StreamHouseError
+from shproto.errors import InvalidArgument, StreamHouseError
 
 pytestmark = pytest.mark.quick
 
@@ -74,3 +74,12 @@ def test_what_is_echoed_is_cut_so_that_it_travels() -> None:
     size_bytes = len(error.to_detail().SerializeToString()) + 3 * len(error.message.encode())
     assert size_bytes < 8192
     assert error.message.endswith("… (100000 characters)")
+
+
+def test_an_error_from_elsewhere_is_no_case_that_a_process_has_of_it() -> None:
+    class OwnCase(InvalidArgument):
+        """A refusal that one module tells from others."""
+
+    assert OwnCase("x").to_detail().reason == InvalidArgument.reason
+    detail = InvalidArgument("x", field="topic").to_detail()
+    assert type(StreamHouseError.from_detail(detail)) is InvalidArgument
