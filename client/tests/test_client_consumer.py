@@ -598,6 +598,7 @@ async def test_unknown_topic_and_bad_arguments(platform, address):
             await consumer.commit()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("group", [None, "g"])
 async def test_iterating_again_after_a_start_that_failed_or_was_cancelled(platform, address, group):
     await fill(platform, address, 10, partitions=1)

@@ -395,7 +395,6 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("way", ["namespace", "nss_wrapper"])
 def test_a_uid_without_a_passwd_entry_may_run_it(base: Path, tmp_path: Path, way: str) -> None:
     if subprocess.run(as_uid_without_a_name("true"), capture_output=True, check=False).returncode:

@@ -9,6 +9,8 @@ from shproto.v1 import coordinator_pb2 as pb
 from streamhouse_coordinator.api import CoordinatorApi
 from streamhouse_coordinator.wiring import CoordinatorService
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 async def api(coordinator: CoordinatorService) -> CoordinatorApi:
@@ -28,6 +30,7 @@ def asked(agent: Any, grant: pb.RangeGrant, raised_to: int, /, **fields: Any) ->
     return pb.RegisterFenceRequest(**(values | fields))
 
 
+@pytest.mark.smoke
 async def test_a_fence_holds_for_the_next_leader_and_brings_what_older_ranges_know(
     api: CoordinatorApi, open_agent: Any
 ) -> None:
@@ -81,6 +84,7 @@ async def test_bad_numbers_are_refused_by_field(
         await api.register_fence(asked(agent, (await agent.leads())[0], 1, **fields))
 
 
+@pytest.mark.smoke
 async def test_racing_fences_leave_the_newest(api: CoordinatorApi, open_agent: Any) -> None:
     agent = await open_agent(api, "a")
     grant = (await agent.leads())[0]

@@ -16,6 +16,8 @@ from streamhouse_coordinator.wiring import CoordinatorService, build
 
 from services.coordinator.tests.running import until
 
+pytestmark = pytest.mark.long
+
 WIDTH = 1024
 ChangeRows = Callable[..., Awaitable[object]]
 EXPIRE = "UPDATE session_leases SET expires_ms = 1 WHERE session_id = $1"
@@ -39,6 +41,7 @@ async def all_ranges(api: CoordinatorApi) -> dict[int, list[types_pb2.OffsetRang
     return found
 
 
+@pytest.mark.smoke
 async def test_restart_with_the_same_log_goes_on_without_a_gap(api: CoordinatorApi, open_agent: Any) -> None:
     topic_id = await create(api, 1)
     agent = await open_agent(api, "a")
@@ -74,6 +77,7 @@ async def test_a_snapshot_has_the_sessions_that_no_event_has_ended(dsn: str, fas
         await service.stop()
 
 
+@pytest.mark.smoke
 async def test_takeover_starts_at_the_limit_and_the_old_range_can_still_be_completed(
     api: CoordinatorApi, open_agent: Any, change_rows: ChangeRows
 ) -> None:
@@ -103,6 +107,7 @@ async def test_takeover_starts_at_the_limit_and_the_old_range_can_still_be_compl
     ]
 
 
+@pytest.mark.smoke
 async def test_topics_with_durable_acks_fail_over_without_a_gap(
     api: CoordinatorApi, open_agent: Any, change_rows: ChangeRows
 ) -> None:
@@ -214,6 +219,7 @@ async def test_a_dead_process_is_replaced_before_its_lease_runs_out(
         await until(gone)
 
 
+@pytest.mark.smoke
 async def test_topics_are_made_once(api: CoordinatorApi) -> None:
     await create(api, 1)
     with pytest.raises(TopicExists):

@@ -14,12 +14,15 @@ from streamhouse_coordinator.wiring import CoordinatorService
 
 from services.coordinator.tests.running import running
 
+pytestmark = pytest.mark.long
+
 
 async def take(api: CoordinatorApi, name: str = "sink") -> tuple[int, int]:
     answer = await api.init_producer(pb.InitProducerRequest(name=name))
     return answer.producer_id, answer.producer_epoch
 
 
+@pytest.mark.smoke
 async def test_each_that_takes_a_name_over_gets_the_next_epoch_of_the_same_id(
     coordinator: CoordinatorService, all_events: Any
 ) -> None:

@@ -17,6 +17,8 @@ from streamhouse_coordinator.wiring import CoordinatorService
 
 from services.coordinator.tests.declared import declare
 
+pytestmark = pytest.mark.long
+
 MakeSegment = Callable[..., types_pb2.SegmentRef]
 ChangeRows = Callable[..., Awaitable[object]]
 REGISTERED, COVERED, FENCED, EARLY = 1, 2, 3, 4
@@ -38,6 +40,7 @@ async def register(api: CoordinatorApi, buffer_id: str, *segments: types_pb2.Seg
     return list((await api.register_segments(request)).results)
 
 
+@pytest.mark.smoke
 async def test_buffers_are_claimed_oldest_first_and_once(
     api: CoordinatorApi, open_agent: Any, change_rows: ChangeRows
 ) -> None:
@@ -72,6 +75,7 @@ async def test_a_renewed_claim_is_not_free(api: CoordinatorApi, open_agent: Any,
     assert not (await claim(api)).found
 
 
+@pytest.mark.smoke
 async def test_announcing_again_changes_nothing(
     api: CoordinatorApi, open_agent: Any, make_segment: MakeSegment, all_events: Any
 ) -> None:
@@ -164,6 +168,7 @@ async def _held(dsn: str, statement: str) -> AsyncIterator[None]:
         await outsider.close()
 
 
+@pytest.mark.smoke
 async def test_one_of_two_racing_segmenters_wins(
     two_coordinators: tuple[CoordinatorService, CoordinatorService], open_agent: Any, make_segment: MakeSegment
 ) -> None:
@@ -281,6 +286,7 @@ async def test_the_next_leader_gets_the_producers_state(api: CoordinatorApi, ope
     assert grants == {1: b"state at 10", 2: b"state at 20"}
 
 
+@pytest.mark.smoke
 async def test_g5_a_registration_while_grants_are_read_takes_no_producers_from_them(
     api: CoordinatorApi, open_agent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

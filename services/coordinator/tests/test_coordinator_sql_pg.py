@@ -25,6 +25,8 @@ from streamhouse_coordinator.core.tables import SqlJobLeaseRow, SqlJobRow
 from streamhouse_coordinator.service import sql_jobs as service_sql_jobs
 from streamhouse_coordinator.wiring import CoordinatorService
 
+pytestmark = pytest.mark.long
+
 TEXT = "CREATE TABLE flights (carrier TEXT) WITH (topic='flights')"
 
 
@@ -42,6 +44,7 @@ async def create_table(api: CoordinatorApi, table: str = "flights", definition: 
     return await api.create_sql_table(pb.CreateSqlTableRequest(table=table, definition=definition))
 
 
+@pytest.mark.smoke
 async def test_a_table_is_declared_followed_and_dropped(api: CoordinatorApi, all_events: Any) -> None:
     made = await create_table(api)
     assert (made.table, made.definition) == ("flights", TEXT)
@@ -175,6 +178,7 @@ async def test_a_view_and_a_table_do_not_share_a_name(with_topic: CoordinatorApi
         await create_table(with_topic, "delays")
 
 
+@pytest.mark.smoke
 async def test_workers_share_the_jobs_and_take_over_those_of_a_worker_that_left(with_topic: CoordinatorApi) -> None:
     for number in range(4):
         await create_job(with_topic, f"j{number}")
@@ -230,6 +234,7 @@ async def test_only_sql_workers_hold_jobs(with_topic: CoordinatorApi) -> None:
     assert (await (await Worker(with_topic, "a").open()).claim()).granted  # the query service counts for no share
 
 
+@pytest.mark.smoke
 async def test_a_worker_that_was_replaced_changes_nothing(with_topic: CoordinatorApi) -> None:
     await create_job(with_topic)
     a = await Worker(with_topic, "a").open()
@@ -249,6 +254,7 @@ async def test_a_worker_that_was_replaced_changes_nothing(with_topic: Coordinato
     assert (grant.checkpoint, list(grant.journal), grant.job.checkpoint_number) == (b"covers two", [], 2)
 
 
+@pytest.mark.smoke
 async def test_the_journal_has_no_gap_and_a_repeated_call_no_effect(with_topic: CoordinatorApi) -> None:
     await create_job(with_topic)
     a = await Worker(with_topic, "a").open()
@@ -285,6 +291,7 @@ async def test_a_refused_entry_leaves_those_of_other_jobs(with_topic: Coordinato
         await a.append_all([(one, 1, b"x"), (one, 2, b"x")])
 
 
+@pytest.mark.smoke
 async def test_a_job_is_paused_resumed_failed_and_dropped(with_topic: CoordinatorApi, all_events: Any) -> None:
     api = with_topic
     await create_job(api)

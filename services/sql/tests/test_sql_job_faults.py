@@ -19,6 +19,8 @@ from services.sql.tests.crash_points import AFTER, BEFORE, CrashPoint
 from services.sql.tests.job_world import JobWorld, by_number, job_world
 from services.sql.tests.test_sql_job_crashes import RECORDS, begin, check
 
+pytestmark = pytest.mark.long
+
 MORE = 60
 RATES = {FaultKind.UNAVAILABLE: 0.3, FaultKind.TIMEOUT_DONE: 0.2, FaultKind.TRUNCATED_BODY: 0.2}
 
@@ -27,6 +29,7 @@ async def produce_more(world: JobWorld) -> None:
     await world.produce("source", [{"n": n} for n in range(RECORDS, RECORDS + MORE)], ["k1"] * MORE)
 
 
+@pytest.mark.smoke
 async def test_a_zombie_that_goes_on_changes_nothing(tmp_path: Path) -> None:
     """Its session is over and its job taken over, and it hears of neither: no tick of its own comes through."""
     async with job_world(tmp_path) as world:
@@ -95,6 +98,7 @@ async def test_answers_of_the_leader_are_lost(tmp_path: Path) -> None:
         await check(world, RECORDS + MORE)
 
 
+@pytest.mark.smoke
 async def test_the_coordinator_is_away_for_a_while(tmp_path: Path) -> None:
     async with job_world(tmp_path) as world:
         await begin(world)
@@ -171,6 +175,7 @@ async def test_a_job_that_fails_at_the_same_micro_batch_is_stopped_with_its_plac
         await world.until(has_failed)
 
 
+@pytest.mark.smoke
 async def test_a_damaged_state_object_stops_the_job(tmp_path: Path) -> None:
     async with job_world(tmp_path) as world:
         await begin(world)
